@@ -1,0 +1,1 @@
+"""Language models over all the computers you own, behind one address."""

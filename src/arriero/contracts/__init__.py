@@ -1,0 +1,1 @@
+"""What crosses a process boundary: refs, ids, states, requests, events, errors.  Data only."""

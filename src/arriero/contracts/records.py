@@ -1,0 +1,244 @@
+"""Which shapes do the lists and look-ups of agent and orchestrator answer with?
+
+The same from agent, orchestrator and `--json`.  Contracts only grow: new fields have defaults.
+"""
+
+import msgspec
+
+from arriero.contracts.errors import ErrorBody
+from arriero.contracts.states import DownloadState, NodeState, TaskState, WorkerState
+
+
+class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker's process ended."""
+
+    #: As a shell would say it: 128 + signal for a killed one; None if nobody saw it (after an adoption).
+    exit_code: int | None = None
+    #: Name of the signal that killed it, such as SIGKILL.
+    signal: str | None = None
+    #: An error code of the registry: OUT_OF_MEMORY, WORKER_START_FAILED, WORKER_LOST, LOADING_TIMEOUT…
+    code: str | None = None
+    message: str = ""
+    log_tail: list[str] = []
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker.  `url` is loopback in the agent's answers, a proxy route in the orchestrator's."""
+
+    worker_id: str
+    node: str
+    url: str
+    model_ref: str
+    backend: str
+    device: str
+    state: WorkerState
+    slots_total: int
+    slots_available: int
+    pid: int
+    started_unix: float
+    last_activity_unix: float
+    data_address: str | None = None
+    engine: str = "llamacpp"
+    #: Context of one slot in tokens; 0 until the model is loaded.
+    context_tokens: int = 0
+    #: Resident memory of worker and engine in MiB, as last seen.
+    memory_mb: int = 0
+    #: Requests waiting in the worker's own queue.
+    queued: int = 0
+    #: Fraction of the model that is loaded, 0..1.
+    load_fraction: float = 0.0
+    is_embedding: bool = False
+    exit: WorkerExit | None = None
+
+
+class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One device that can compute: the CPU, a CUDA card, a Metal GPU."""
+
+    #: "cpu", "cuda:0", "metal:0"
+    id: str
+    backend: str
+    name: str
+    memory_mb: int
+    memory_free_mb: int
+    driver: str = ""
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine has, as its agent answers `GET /v1/capabilities`."""
+
+    name: str
+    version: str
+    api_version: int
+    backends: list[str]
+    devices: list[DeviceRecord]
+    engines: dict[str, str]
+    ram_mb: int
+    #: Available memory: the smaller of the host's and the memory cgroup's.
+    ram_free_mb: int
+    disk_free_mb: int
+    cpu_cores: int
+    os: str
+    arch: str
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine of the pool."""
+
+    name: str
+    status: NodeState
+    version: str
+    backends: list[str]
+    devices: list[DeviceRecord]
+    ram_mb: int
+    ram_free_mb: int
+    disk_free_mb: int
+    labels: dict[str, str] = {}
+    last_connected_unix: float = 0.0
+
+
+class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One download, running or ended."""
+
+    download_id: str
+    model_ref: str
+    state: DownloadState
+    bytes_downloaded: int
+    #: None where the source does not tell.
+    bytes_total: int | None
+    speed_mbps: float = 0.0
+    eta_s: float | None = None
+    attempt: int = 1
+    started_unix: float = 0.0
+    error: ErrorBody | None = None
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One verified model of a machine's catalog."""
+
+    model_id: str
+    model_ref: str
+    provider: str
+    #: Names of its files within its folder, the one to load first.
+    files: list[str]
+    size_bytes: int
+    sha256: str
+    added_unix: float
+    last_used_unix: float = 0.0
+    times_used: int = 0
+    #: True where the file lies outside our folder (file:, demo) and is never removed by us.
+    is_external: bool = False
+    architecture: str = ""
+    quantisation: str = ""
+    context_length: int = 0
+    block_count: int = 0
+    parameters: int = 0
+    is_embedding: bool = False
+    has_chat_template: bool = False
+
+
+class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One accepted inference."""
+
+    task_id: str
+    state: TaskState
+    model: str
+    created_unix: float
+    finished_unix: float | None = None
+    worker_id: str | None = None
+    node: str | None = None
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    error: ErrorBody | None = None
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`run/orchestrator.json` and `run/agent.json` (mode 0600): a daemon that answers."""
+
+    pid: int
+    url: str
+    version: str
+    started: float
+    #: Demanded from every request where not empty.
+    token: str = ""
+    #: Start time of the pid in clock ticks since boot, and the boot's id: a pid alone proves nothing.
+    pid_start_ticks: int = 0
+    boot_id: str = ""
+    log_path: str = ""
+
+
+class WorkerRunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`run/workers/ID.json` (mode 0600): all that a next agent needs to adopt a worker."""
+
+    record: WorkerRecord
+    token: str
+    pid_start_ticks: int
+    boot_id: str
+    log_path: str
+    #: Directory of the memory cgroup the process was started in, and its oom_kill count then.
+    cgroup_path: str = ""
+    oom_kills_at_start: int = 0
+
+
+class WorkerList(msgspec.Struct, frozen=True):
+    """`GET /v1/workers`."""
+
+    workers: list[WorkerRecord]
+
+
+class NodeList(msgspec.Struct, frozen=True):
+    """`GET /v1/nodes`."""
+
+    nodes: list[NodeRecord]
+
+
+class DownloadList(msgspec.Struct, frozen=True):
+    """`GET /v1/downloads`."""
+
+    downloads: list[DownloadRecord]
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """`GET /v1/models` of an agent."""
+
+    models: list[ModelRecord]
+
+
+class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/health` of a worker."""
+
+    status: str
+    worker_id: str
+    model_ref: str
+    state: WorkerState
+    slots_total: int
+    slots_busy: int
+    queued: int
+    context_tokens: int = 0
+    memory_mb: int = 0
+    load_fraction: float = 0.0
+    #: Seconds since the last request ended; 0 while one runs.
+    idle_s: float = 0.0
+    is_embedding: bool = False
+    engine_pid: int | None = None
+    exit: WorkerExit | None = None
+
+
+class WorkerReady(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/ready` of a worker."""
+
+    ready: bool
+    state: WorkerState
+    progress_url: str
+    model_loaded: bool
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/health` of an agent, `GET /health` of the orchestrator."""
+
+    status: str
+    version: str
+    api_version: int
+    name: str = ""
+    pid: int = 0

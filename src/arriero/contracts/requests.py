@@ -1,0 +1,125 @@
+"""Which bodies do the routes take?  Unknown fields are refused on our own routes, kept on OpenAI's."""
+
+from typing import Annotated, Any
+
+import msgspec
+
+PROMPT_CHARS_MAX = 8_000_000
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen; None leaves the engine's default."""
+
+    #: None: until the context is full.
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repeat_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    #: How many alternatives to tell for each token; None: no logprobs.
+    logprobs: int | None = None
+    #: Do not stop at the model's end token.
+    ignore_eos: bool = False
+
+
+Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
+TokensMax = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+TimeoutS = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
+StopWord = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class InferenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/inference` and `/v1/inference/stream` of a worker.
+
+    Exactly one of `prompt`, `prompt_ids` and `messages`; the route refuses others.
+    """
+
+    prompt: Annotated[str, msgspec.Meta(max_length=PROMPT_CHARS_MAX)] | None = None
+    prompt_ids: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)] | None = None
+    max_tokens: TokensMax | None = None
+    temperature: Temperature | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-1, le=4_294_967_295)] | None = None
+    stop: Annotated[list[StopWord], msgspec.Meta(max_length=16)] | StopWord | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    ignore_eos: bool = False
+    timeout: TimeoutS | None = None
+    #: False: ALL_SLOTS_BUSY instead of waiting.
+    queue: bool = True
+
+
+class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/tasks` of the orchestrator."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
+    node: str | None = None
+    backend: str | None = None
+    device: str | None = None
+
+
+class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`POST /v1/workers` of an agent (and, through it, of the orchestrator)."""
+
+    model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
+    backend: str | None = None
+    device: str | None = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
+    context_tokens: Annotated[int, msgspec.Meta(ge=64, le=1_048_576)] | None = None
+    #: `llamacpp`, or `fake` with its knobs in `options`.
+    engine: str = "llamacpp"
+    options: dict[str, Any] = {}
+
+
+class DownloadBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/models/download` of an agent, `POST /v1/downloads` of the orchestrator."""
+
+    model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
+    node: str | None = None
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agent hands a worker on stdin, one JSON line.  The tokens are secret."""
+
+    worker_id: str
+    node: str
+    model_ref: str
+    model_path: str
+    #: Bearer token that every request to the worker must carry.
+    token: str
+    #: Where the ready callback goes, and the token it carries; empty: no callback (a worker by hand).
+    callback_url: str = ""
+    callback_token: str = ""
+    port_base: int = 8001
+    engine: str = "llamacpp"
+    engine_options: dict[str, Any] = {}
+    backend: str = "cpu"
+    device: str = "cpu"
+    slots: int = 4
+    queue_max: int = 64
+    context_tokens: int | None = None
+    #: Where the engine's socket goes: a short private directory.
+    run_dir: str = ""
+    #: After so long without its agent the worker drains and ends; 0: at once.
+    lease_s: float = 600.0
+    stall_s: float = 60.0
+    loading_stall_s: float = 60.0
+    stop_grace_s: float = 30.0
+    is_embedding: bool = False
+    threads: int = 0
+
+
+class ReadyCallback(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/workers/ready` of the agent: the worker's HTTP server is up (state `loading`)."""
+
+    worker_id: str
+    url: str
+    model_ref: str
+    backend: str
+    device: str
