@@ -1,0 +1,1 @@
+"""One per machine: fetches models, checks resources, starts, watches and stops workers."""

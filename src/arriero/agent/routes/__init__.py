@@ -1,0 +1,1 @@
+"""The agent's routes, one module a subject."""

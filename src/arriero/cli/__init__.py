@@ -1,0 +1,1 @@
+"""The person's hand: parse, call the HTTP API, print."""

@@ -1,0 +1,1 @@
+"""The typed client: the only way in for CLI, probes and tests."""

@@ -1,0 +1,1 @@
+"""Decides which node and worker, relays streams: the one public address."""

@@ -1,0 +1,1 @@
+"""One question each, with an exit code and an error code."""

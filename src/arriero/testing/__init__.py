@@ -1,0 +1,1 @@
+"""Real clusters, faults, leak checks and conformance suites, also for adapter authors."""

@@ -1,0 +1,1 @@
+"""One process, one model: queue, slots, streaming, cancel; owns an engine."""
