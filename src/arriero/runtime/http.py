@@ -1,0 +1,166 @@
+"""How does a daemon call another one?  (The token path has its own way.)"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from types import TracebackType
+from typing import Any, Final, TypeVar, overload
+
+import aiohttp
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
+from arriero.runtime.sse import SseEvent, SseParser
+
+T = TypeVar("T")
+CONNECT_TIMEOUT_S: Final = 10.0
+CALL_TIMEOUT_S: Final = 30.0
+
+
+class Http:
+    """One pool of connections, used as `async with Http() as http`.  Proxies are never used."""
+
+    def __init__(self, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Http":
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+            trust_env=False,
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The aiohttp session, for what `Peer` does not do."""
+        assert self._session is not None, "used outside of its `async with`"
+        return self._session
+
+    def peer(self, url: str, token: str = "") -> "Peer":
+        """Return a caller of one daemon."""
+        return Peer(self, url.rstrip("/"), token)
+
+
+class Peer:
+    """One daemon, called by JSON.
+
+    Every method raises the `ArrieroError` that the daemon answered with, or `unreachable` (a code,
+    NODE_UNREACHABLE by default) when it does not answer.
+    """
+
+    def __init__(self, http: Http, url: str, token: str) -> None:
+        self._http = http
+        self.url = url
+        self._token = token
+
+    @overload
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        answer: type[T],
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+        unreachable: ErrorCode = ErrorCode.NODE_UNREACHABLE,
+    ) -> T: ...
+    @overload
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        answer: None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+        unreachable: ErrorCode = ErrorCode.NODE_UNREACHABLE,
+    ) -> None: ...
+    async def call(
+        self, method: str, path: str, *, answer: type[Any] | None = None, body: object = None,
+        headers: Mapping[str, str] | None = None, timeout_s: float = CALL_TIMEOUT_S,
+        unreachable: ErrorCode = ErrorCode.NODE_UNREACHABLE,
+    ) -> Any:  # fmt: skip
+        """Send a request and return the decoded answer (None where no `answer` type is given)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self.request(method, path, body=body, headers=headers) as response:
+                    content = await response.read()
+                    if response.status >= 400:
+                        raise error_of(response.status, content)
+        except TimeoutError as error:
+            raise ArrieroError(
+                unreachable, f"no answer within {timeout_s:g} s", timeout_s=timeout_s
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ArrieroError(unreachable, f"not reachable: {type(error).__name__}") from error
+        if answer is None:
+            return None
+        try:
+            return msgspec.json.decode(content, type=answer)
+        except msgspec.DecodeError as error:
+            raise ArrieroError(
+                ErrorCode.VERSION_MISMATCH, f"an answer that is none of ours: {error}"
+            ) from error
+
+    def request(
+        self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
+    ) -> Any:  # fmt: skip
+        """Return aiohttp's request context for a path; `body` is sent as JSON, bytes as they are."""
+        sent = dict(headers or {})
+        if self._token:
+            sent["Authorization"] = f"Bearer {self._token}"
+        data: bytes | None = None
+        if body is not None:
+            data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+            sent.setdefault("Content-Type", "application/json")
+        return self._http.session.request(method, self.url + path, data=data, headers=sent)
+
+    async def events(
+        self, path: str, *, method: str = "GET", body: object = None,
+        headers: Mapping[str, str] | None = None, silence_s: float = 30.0,
+        unreachable: ErrorCode = ErrorCode.NODE_UNREACHABLE,
+    ) -> AsyncGenerator[SseEvent, None]:  # fmt: skip
+        """Yield a stream's events and comments; ends with the stream.
+
+        Raises the daemon's error for a status that is not 2xx, `unreachable` when the connection
+        fails, breaks, or brings nothing (not even a comment) for `silence_s`.
+        """
+        parser = SseParser()
+        try:
+            async with asyncio.timeout(silence_s):
+                manager = self.request(method, path, body=body, headers=headers)
+                response = await manager.__aenter__()
+            try:
+                if response.status >= 300:
+                    raise error_of(response.status, await response.read())
+                while True:
+                    async with asyncio.timeout(silence_s):
+                        chunk = await response.content.readany()
+                    if not chunk:
+                        return
+                    for event in parser.feed(chunk):
+                        yield event
+            finally:
+                response.close()
+        except TimeoutError as error:
+            raise ArrieroError(unreachable, f"silent for {silence_s:g} s", silence_s=silence_s) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ArrieroError(unreachable, f"connection broke: {type(error).__name__}") from error
+
+
+def error_of(status: int, content: bytes) -> ArrieroError:
+    """Return the error that an answer of `status` with `content` speaks of."""
+    try:
+        return from_body(msgspec.json.decode(content, type=ErrorResponse).error)
+    except msgspec.DecodeError:
+        return ArrieroError(ErrorCode.INTERNAL_ERROR, f"answered with status {status}", status=status)
