@@ -157,7 +157,7 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.OUT_OF_MEMORY: _row(507, "The kernel killed a worker or its engine for memory.", "Use a smaller quantisation or context, or raise the memory limit.", exit_code=Exit.KILLED),
     C.NODE_NOT_FOUND: _row(404, "No node has this name.", "`arriero nodes list` shows those there are."),
     C.NODE_ALREADY_EXISTS: _row(409, "A node has this name already.", "Use another name, or remove the old node first."),
-    C.NODE_UNREACHABLE: _row(503, "The node does not answer.", "`arriero nodes list` shows since when; is its agent running?", retry=True),
+    C.NODE_UNREACHABLE: _row(503, "The node does not answer.", "`arriero nodes list` shows since when; check that its agent runs.", retry=True),
     C.SSH_AUTH_FAILED: _row(502, "The machine refused the login.", "Check the user name and the key."),
     C.SSH_HOST_KEY_UNKNOWN: _row(502, "The machine's host key is not known.", "Compare the fingerprint, then accept it."),
     C.SSH_COMMAND_FAILED: _row(502, "A command on the other machine failed.", "The details carry its exit code and output."),

@@ -1,0 +1,76 @@
+"""What holds around every test: nothing may remain."""
+
+import asyncio
+import functools
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+#: Zombies whose parent is pid 1 may take seconds to go.
+PATIENCE_S = 5.0
+
+
+def _remaining(before: set[str]) -> set[str]:
+    return _belongings() - before
+
+
+def _belongings() -> set[str]:
+    """Return our child processes and open sockets, as text."""
+    found = set()
+    me = psutil.Process()
+    for child in me.children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.add(f"process {child.pid} {' '.join(child.cmdline())[:120]}")
+        except psutil.Error:
+            continue
+    if Path("/proc/self/fd").is_dir():
+        for link in Path("/proc/self/fd").iterdir():
+            try:
+                target = str(link.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:") or (target.startswith("/") and not target.startswith("/dev/")):
+                found.add(f"file {link.name} {target}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a process, a socket or an open file behind."""
+    path = str(request.path)
+    if "/unit/" in path:
+        yield
+        return
+    before = _belongings()
+    yield
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := _remaining(before)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail an async test that leaves a task running."""
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        item.obj = _checked(item.obj)
+    return (yield)
+
+
+def _checked(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def run(**arguments: Any) -> None:
+        before = asyncio.all_tasks()
+        await test(**arguments)
+        left = {task for task in asyncio.all_tasks() - before if not task.done()}
+        if left:
+            await asyncio.wait(left, timeout=1)
+        assert not {task for task in left if not task.done()}, f"tasks left running: {left}"
+
+    return run
