@@ -33,10 +33,10 @@ AGENT_EXTRA_S: Final = 15.0
 _IDLE_CHECKS: Final = 20
 
 
-def main(settings: Settings, *, background: bool = False, cascade: bool = False) -> int:
+def main(settings: Settings, *, is_background: bool = False, cascades: bool = False) -> int:
     """Run the orchestrator until SIGTERM or SIGINT; return its exit code.
 
-    `background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascade`: at its
+    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
     end it also ends the local agent, and with it the workers, and waits for them.
     Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE, INVALID_SETTINGS before it serves.
     """
@@ -47,10 +47,10 @@ def main(settings: Settings, *, background: bool = False, cascade: bool = False)
     with folder.lock(ROLE):
         sock = bind(settings.orchestrator_host, settings.orchestrator_port)
         try:
-            daemon.run(lambda stop: _run(settings, folder, sock, stop, is_background=background))
+            daemon.run(lambda stop: _run(settings, folder, sock, stop, is_background=is_background))
         finally:
             sock.close()
-            if cascade:
+            if cascades:
                 _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
     return 0
 

@@ -174,16 +174,16 @@ def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Return one worker, also one that ended lately."""
         return o.registry.public(o.registry.worker(worker_id))
 
-    @delete("/v1/workers/{worker_id:str}", status_code=204)
-    async def stop_worker(request: Asked, worker_id: str) -> None:
-        """Stop a worker gracefully; nothing happens to one that ended."""
+    @delete("/v1/workers/{worker_id:str}", status_code=202)
+    async def stop_worker(worker_id: str, force: bool = False) -> Response[WorkerRecord | None]:
+        """Begin to stop a worker, gracefully unless `force`; 204 for one that ended."""
         record = o.registry.worker(worker_id)
         if record.worker_id not in o.registry.workers:
-            return
+            return Response(None, status_code=204)
         node = o.registry.reachable(record.node)
-        query = request.scope["query_string"].decode("latin-1")
-        path = f"/v1/workers/{worker_id}" + (f"?{query}" if query else "")
-        await node.peer.call("DELETE", path, timeout_s=o.settings.stop_grace_s + 15)
+        path = f"/v1/workers/{worker_id}" + ("?force=true" if force else "")
+        await node.peer.call("DELETE", path)
+        return Response(o.registry.public(record), status_code=202)
 
     return [list_workers, spawn, get_worker, stop_worker]
 
@@ -218,7 +218,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     async def cancel_download(download_id: str) -> None:
         """Cancel a download."""
         node = o.registry.reachable(o.node_of_download(download_id).name)
-        await node.peer.call("DELETE", f"/v1/models/download/{download_id}")
+        await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
 
     return [list_downloads, start_download, get_download, cancel_download]
 

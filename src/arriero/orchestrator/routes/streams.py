@@ -128,7 +128,7 @@ class Front:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("download_id", [])
         if len(given) != 1:
             fail(ErrorCode.INVALID_REQUEST, "download_id: one is required", param="download_id")
-        return given[0]
+        return str(given[0])
 
     async def _to_agent(self, scope: Scope, receive: Receive, send: Send, node: str, target: str) -> None:
         address: Address = self._o.registry.reachable(node).address
