@@ -5,6 +5,7 @@ what the catalog says; so a lost database is rebuilt from the folders.  External
 `demo`) stay where they are and are never removed by us.
 """
 
+import functools
 import hashlib
 import re
 import shutil
@@ -12,7 +13,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 import msgspec
 
@@ -178,17 +179,23 @@ class ModelCatalog:
         return entry.record
 
     async def verify(self, model_id: str, on_read: Callable[[int], None] | None = None) -> ModelRecord:
-        """Hash a model's files again.  Raises MODEL_NOT_FOUND, or MODEL_CORRUPTED naming the file."""
+        """Hash a model's files again.
+
+        Raises MODEL_NOT_FOUND, INVALID_MODEL_PATH if a file is gone, MODEL_CORRUPTED naming the file.
+        """
         entry = await self.by_id(model_id)
         for file, path in zip(entry.files, entry.paths, strict=True):
             try:
                 sha256 = await sha256_of(path, on_read)
             except OSError as error:
-                _corrupted(entry, file.name, f"cannot be read: {error.strerror}", error)
+                raise ArrieroError(
+                    ErrorCode.INVALID_MODEL_PATH,
+                    f"{file.name} of {entry.record.model_ref} cannot be read: {error.strerror}",
+                    model_id=model_id,
+                    file=file.name,
+                ) from error
             if sha256 != file.sha256:
-                _corrupted(
-                    entry, file.name, f"has the checksum {sha256[:12]}…, not {file.sha256[:12]}…", None
-                )
+                _corrupted(entry, file.name, f"has the checksum {sha256[:12]}…, not {file.sha256[:12]}…")
         return entry.record
 
     # --- Rows ---------------------------------------------------------------------------------
@@ -219,21 +226,21 @@ class ModelCatalog:
     async def _adopt(self) -> None:
         known = {entry.record.model_id for entry in await self._entries()}
         for entry in await in_thread(lambda: _read_cards(self.models_dir, known)):
-            if not await in_thread(lambda entry=entry: _is_as_verified(entry)):  # type: ignore[misc]
+            if not await in_thread(functools.partial(_is_as_verified, entry)):
                 self.notices.append(f"{entry.record.model_id}: not as its card says, left alone")
             elif await self._find("model_ref", entry.record.model_ref) is None:
                 await self.add(entry)
                 self.notices.append(f"{entry.record.model_ref}: found in its folder, entered again")
 
 
-def _corrupted(entry: CatalogEntry, name: str, why: str, cause: Exception | None) -> None:
+def _corrupted(entry: CatalogEntry, name: str, why: str) -> NoReturn:
     raise ArrieroError(
         ErrorCode.MODEL_CORRUPTED,
         f"{name} of {entry.record.model_ref} {why}",
         model_id=entry.record.model_id,
         file=name,
         suggested_action="remove the model, then fetch it again",
-    ) from cause
+    )
 
 
 # --- In threads --------------------------------------------------------------------------------

@@ -70,10 +70,14 @@ class Deadline:
             return None
         left = self._until - time.monotonic()
         if left <= 0:
-            raise ArrieroError(
-                ErrorCode.REQUEST_TIMEOUT, f"not done within {self.timeout_s:g} s", timeout_s=self.timeout_s
-            )
+            raise self.passed()
         return left
+
+    def passed(self) -> ArrieroError:
+        """Return the error of a command that was not done in time."""
+        return ArrieroError(
+            ErrorCode.REQUEST_TIMEOUT, f"not done within {self.timeout_s:g} s", timeout_s=self.timeout_s
+        )
 
 
 def run_task(
@@ -100,8 +104,12 @@ def run_task(
             _cancel(client, stream, answer)
         raise
     except ArrieroError as error:
-        answer.error = error.body()
-        raise
+        told = error
+        if isinstance(error.__cause__, TimeoutError) and left_s is not None:
+            # Our own limit has a margin that nobody asked for.
+            told = deadline.passed()
+        answer.error = told.body()
+        raise told from error.__cause__
     finally:
         narrator.clear()
         if stream is not None:
@@ -114,15 +122,17 @@ def write_to_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
-def end_line(answer: Answer) -> None:
-    """End the answer's last line on stdout, where there is one."""
-    if answer.text and not answer.text.endswith("\n"):
+def end_line(answer: Answer, narrator: Narrator) -> None:
+    """End the answer's last line on stdout, unless it is ended."""
+    is_ended = render.is_terminal(sys.stdout) and not narrator.is_mid_line
+    if answer.text and not answer.text.endswith("\n") and not is_ended:
         with contextlib.suppress(BrokenPipeError):
             write_to_stdout("\n")
 
 
 def _follow(stream: EventStream, narrator: Narrator, answer: Answer, write: Callable[[str], None]) -> None:
     pieces: list[str] = []
+    is_seen = render.is_terminal(sys.stdout)
     try:
         for event in task_events(stream):
             if isinstance(event, TaskToken):
@@ -132,7 +142,7 @@ def _follow(stream: EventStream, narrator: Narrator, answer: Answer, write: Call
                 answer.token_ids.append(event.id)
                 if event.token:
                     write(event.token)
-                    narrator.is_mid_line = not event.token.endswith("\n")
+                    narrator.is_mid_line = is_seen and not event.token.endswith("\n")
             else:
                 _tell(event, narrator)
                 _take(event, answer)

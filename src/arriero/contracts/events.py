@@ -131,6 +131,8 @@ class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     ram_free_mb: int
     disk_free_mb: int
     unix: float
+    #: Free memory of each device, by its id.
+    device_free_mb: dict[str, int] = {}
 
 
 AgentEvent: TypeAlias = AgentSnapshot | WorkerChanged | DownloadChanged | AgentBeat

@@ -38,8 +38,7 @@ class StateDir:
         try:
             for folder in (self.home, self.run, self.workers, self.logs, self.models):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.run):
-                pass
+            probe_writable(self.run)
         except OSError as error:
             raise ArrieroError(
                 ErrorCode.STATE_DIR_UNUSABLE, f"the state folder cannot be written: {error.strerror}"
@@ -89,6 +88,12 @@ class StateDir:
             yield
         finally:
             os.close(fd)
+
+
+def probe_writable(folder: Path) -> None:
+    """Return if files can be made in a folder.  Raises OSError if not."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def run_identity(record: RunRecord) -> Identity:

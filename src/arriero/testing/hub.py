@@ -33,7 +33,8 @@ class HubRepo:
     is_gated: bool = False
     #: Not even found without the token.
     is_private: bool = False
-    revisions: dict[str, str] = field(default_factory=dict)
+    #: What the look-up says of a file's size, where it lies.
+    claimed_sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def commit(self) -> str:
@@ -106,7 +107,7 @@ class HubServer:
             # Without a token, what does not exist and what is private look the same.
             return _refusal(401 if authorization is None else 404, "RepoNotFound", "Repository not found")
         revision = request.match_info.get("revision", "main")
-        if revision not in ("main", repo.commit, *repo.revisions):
+        if revision not in ("main", repo.commit):
             return _refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo
 
@@ -116,7 +117,7 @@ class HubServer:
         if isinstance(repo, web.Response):
             return repo
         name = f"{request.match_info['org']}/{request.match_info['repo']}"
-        siblings = [_sibling(path, content, "blobs" in request.query) for path, content in repo.files.items()]
+        siblings = [_sibling(repo, path, "blobs" in request.query) for path in repo.files]
         return web.json_response(
             {"_id": "1", "id": name, "modelId": name, "sha": repo.commit, "gated": repo.is_gated,
              "private": repo.is_private, "tags": [], "downloads": 0, "siblings": siblings}
@@ -170,12 +171,14 @@ class HubServer:
         return response
 
 
-def _sibling(path: str, content: bytes, has_blobs: bool) -> dict[str, object]:
+def _sibling(repo: HubRepo, path: str, has_blobs: bool) -> dict[str, object]:
     entry: dict[str, object] = {"rfilename": path}
+    content = repo.files[path]
+    size_bytes = repo.claimed_sizes.get(path, len(content))
     if has_blobs:
-        entry |= {"size": len(content), "blobId": hashlib.sha1(content, usedforsecurity=False).hexdigest()}
+        entry |= {"size": size_bytes, "blobId": hashlib.sha1(content, usedforsecurity=False).hexdigest()}
         if path.endswith(".gguf"):
-            entry["lfs"] = {"sha256": _sha256(content), "size": len(content), "pointerSize": 135}
+            entry["lfs"] = {"sha256": _sha256(content), "size": size_bytes, "pointerSize": 135}
     return entry
 
 

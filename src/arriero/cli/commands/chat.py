@@ -38,7 +38,7 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @click.option(
-    "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Seconds for an answer."
+    "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Limit of an answer."
 )
 @options.quiet_option
 @options.json_option
@@ -76,7 +76,7 @@ class Talk:
             self._messages.append({"role": "system", "content": self._given["system"]})
 
     def run(self) -> int:
-        """Read and answer until the end; return the exit code of the last failure that was not interrupted."""
+        """Read and answer until the end; return the exit code: piped in, that of the last message."""
         if self._is_person:
             # Line editing and history of this session; nothing is read from or written to disk.
             with contextlib.suppress(ImportError):
@@ -142,7 +142,7 @@ class Talk:
         except ArrieroError as error:
             self._code = int(error.kind.exit_code)
             if not self._as_json:
-                answers.end_line(answer)
+                answers.end_line(answer, self._narrator)
                 render.error(error)
         else:
             self._code = Exit.OK
@@ -154,7 +154,7 @@ class Talk:
         if self._as_json:
             render.data(answer)
         elif answer.error is None:
-            answers.end_line(answer)
+            answers.end_line(answer, self._narrator)
         self._narrator.is_mid_line = False
 
     def _body(self) -> TaskBody:

@@ -67,7 +67,7 @@ def infer(*, prompt: str | None, prompt_option: str | None, as_json: bool, quiet
                     )  # fmt: skip
                 finally:
                     if not as_json:
-                        answers.end_line(answer)
+                        answers.end_line(answer, narrator)
         except ArrieroError as error:
             answer.error = error.body()
             if not as_json:

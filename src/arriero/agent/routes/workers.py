@@ -1,0 +1,65 @@
+"""Which routes does an agent have for its workers?"""
+
+import asyncio
+from typing import Annotated, Any, cast
+
+from litestar import Request, Response, delete, get, post
+from litestar.params import Parameter
+from litestar.types import ASGIApp, ControllerRouterHandler
+
+from arriero.agent.spawner import Spawner
+from arriero.agent.supervisor import Supervisor
+from arriero.agent.worker_logs import TextStream, follow, last_lines
+from arriero.contracts.records import WorkerList, WorkerRecord
+from arriero.contracts.requests import ReadyCallback, SpawnBody
+from arriero.runtime.asgi import bearer_token
+from arriero.runtime.litestar_app import decode_body
+
+READY_PATH = "/v1/workers/ready"
+LINES_DEFAULT = 200
+LINES_MAX = 10_000
+
+Lines = Annotated[int, Parameter(query="lines", ge=0, le=LINES_MAX)]
+
+
+def worker_routes(
+    supervisor: Supervisor, spawner: Spawner, *, stop: asyncio.Event
+) -> list[ControllerRouterHandler]:
+    """Return the handlers; streams end when `stop` is set."""
+
+    @get("/v1/workers")
+    async def list_workers() -> WorkerList:
+        return WorkerList(list(supervisor.registry))
+
+    @post("/v1/workers", status_code=202)
+    async def spawn(request: Request[Any, Any, Any]) -> WorkerRecord:
+        body: SpawnBody = await decode_body(request, SpawnBody)
+        return await spawner.spawn(body)
+
+    @get("/v1/workers/{worker_id:str}")
+    async def one_worker(worker_id: str) -> WorkerRecord:
+        return supervisor.registry.get(worker_id)
+
+    @delete("/v1/workers/{worker_id:str}", status_code=202)
+    async def stop_worker(worker_id: str, force: bool = False) -> Response[WorkerRecord | None]:
+        if supervisor.stop(worker_id, is_forced=force):
+            return Response(supervisor.registry.get(worker_id), status_code=202)
+        return Response(None, status_code=204)
+
+    @post(READY_PATH, status_code=200)
+    async def ready(request: Request[Any, Any, Any]) -> WorkerRecord:
+        # The guard lets this path through: each worker has its own token for it.
+        token = bearer_token(request.headers.get("authorization", "").encode())
+        callback: ReadyCallback = await decode_body(request, ReadyCallback)
+        return supervisor.called_back(callback, token.decode("utf-8", "replace"))
+
+    @get("/v1/workers/{worker_id:str}/logs")
+    async def worker_log(worker_id: str, lines: Lines = LINES_DEFAULT, follow_: Annotated[
+        bool, Parameter(query="follow")
+    ] = False) -> ASGIApp | Response[bytes]:  # fmt: skip
+        path, ended = supervisor.log_of(worker_id)
+        if follow_:
+            return cast("ASGIApp", TextStream(follow(path, ended, lines=lines), stop))
+        return Response(await last_lines(path, lines), media_type="text/plain; charset=utf-8")
+
+    return [list_workers, spawn, one_worker, stop_worker, ready, worker_log]
