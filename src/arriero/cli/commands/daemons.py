@@ -109,7 +109,7 @@ def _start(role: str, values: Mapping[str, Any]) -> int:
     from arriero.orchestrator import app as orchestrator
 
     return orchestrator.main(
-        found, background=bool(values.get("background")), cascade=bool(values.get("cascade"))
+        found, is_background=bool(values.get("background")), cascades=bool(values.get("cascade"))
     )
 
 
