@@ -67,7 +67,7 @@ def test_version_imports_nothing_it_does_not_need() -> None:
 
 def test_infer_imports_neither_daemons_nor_what_only_progress_bars_need() -> None:
     loaded = _modules_after("import arriero.cli.main, arriero.cli.commands.infer")
-    heavy = {*HEAVY, "subprocess", "asyncio", "arriero.cli.launch"} - {"click", "msgspec"}
+    heavy = {*HEAVY, "asyncio", "arriero.cli.launch"} - {"click", "msgspec"}
     assert not loaded & heavy, loaded & heavy
 
 
