@@ -1,1 +1,1 @@
-"""Real clusters, faults, leak checks and conformance suites, also for adapter authors."""
+"""Clocks, real clusters, faults, leak checks and conformance suites, offered to adapter authors too."""
