@@ -270,7 +270,7 @@ def installed_engines() -> tuple[dict[str, str], list[str]]:
     """Return the engines with their versions, and the backends they were built for; blocks."""
     versions: dict[str, str] = {}
     backends: set[str] = set()
-    for name in engines.names():
+    for name in sorted(engines.KINDS):
         try:
             told = engines.kind(name).probe()
         except ArrieroError:
