@@ -403,7 +403,7 @@ async def orchestrator(home: Path, *flags: str, **settings: str) -> AsyncIterato
     try:
         record = None
         async with asyncio.timeout(WAIT_S):
-            while record is None or record.pid != process.pid:  # noqa: ASYNC110 - Another process.
+            while record is None or record.pid != process.pid:
                 assert process.returncode is None, log.read_text()
                 await asyncio.sleep(0.02)
                 record = StateDir(home).running("orchestrator")
