@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 from typing import cast
 
 from arriero.agent.adoption import adopt
@@ -49,24 +48,17 @@ TOKEN_DIGITS = 48
 def main(settings: Settings) -> int:
     """Run an agent until SIGTERM or SIGINT; returns the exit code.
 
-    An expected failure is one line on stderr, and its row's exit code.
+    Raises what `run` raises, as a plain `ArrieroError`: the caller tells it in one line.
     """
     logs.configure(level=settings.log_level, role="agent")
     try:
         daemon.run(lambda stop: run(settings, stop))
-    except ArrieroError as error:
-        return _tell(error)
     except BaseExceptionGroup as group:
         expected, rest = group.split(ArrieroError)
         if expected is None or rest is not None:
             raise
-        return _tell(_first(expected))
+        raise _first(expected) from group
     return 0
-
-
-def _tell(error: ArrieroError) -> int:
-    sys.stderr.write(f"{error.code}: {error.message}. {error.kind.what_to_do}\n")
-    return int(error.kind.exit_code)
 
 
 def _first(group: BaseExceptionGroup[ArrieroError]) -> ArrieroError:

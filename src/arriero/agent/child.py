@@ -56,7 +56,8 @@ class Child:
     async def wait_ended(self) -> None:
         """Wait, without a limit, until the process has ended; sweep what is left of its group."""
         if not await self._wait_by_descriptor():
-            while not self._has_ended():
+            # Nothing tells of the end here: it has to be looked for.
+            while not self._has_ended():  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_S)
         if self._popen is not None and self._popen.returncode is None:
             # Before the process is reaped its group's number cannot belong to anybody else.

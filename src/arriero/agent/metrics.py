@@ -9,7 +9,8 @@ from prometheus_client.registry import Collector
 
 from arriero.agent.supervisor import Supervisor
 from arriero.contracts.records import DownloadRecord
-from arriero.contracts.states import DownloadState, WorkerState
+from arriero.contracts.states import WorkerState
+from arriero.domain.download_states import DOWNLOADS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -62,8 +63,7 @@ class Downloads:
     """Counts downloads from their changes."""
 
     def __init__(self) -> None:
-        self.ended = {state: 0 for state in (DownloadState.COMPLETE, DownloadState.FAILED)}
-        self.ended[DownloadState.CANCELLED] = 0
+        self.ended = dict.fromkeys(sorted(DOWNLOADS.final), 0)
         self._open: set[str] = set()
 
     @property

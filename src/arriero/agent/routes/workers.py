@@ -4,7 +4,7 @@ import asyncio
 from typing import Annotated, Any, cast
 
 from litestar import Request, Response, delete, get, post
-from litestar.params import Parameter
+from litestar.params import FromPath, QueryParameter
 from litestar.types import ASGIApp, ControllerRouterHandler
 
 from arriero.agent.spawner import Spawner
@@ -19,7 +19,10 @@ READY_PATH = "/v1/workers/ready"
 LINES_DEFAULT = 200
 LINES_MAX = 10_000
 
-Lines = Annotated[int, Parameter(query="lines", ge=0, le=LINES_MAX)]
+WorkerId = FromPath[str]
+Lines = Annotated[int, QueryParameter(ge=0, le=LINES_MAX)]
+Force = Annotated[bool, QueryParameter(name="force")]
+Follow = Annotated[bool, QueryParameter(name="follow")]
 
 
 def worker_routes(
@@ -37,11 +40,11 @@ def worker_routes(
         return await spawner.spawn(body)
 
     @get("/v1/workers/{worker_id:str}")
-    async def one_worker(worker_id: str) -> WorkerRecord:
+    async def one_worker(worker_id: WorkerId) -> WorkerRecord:
         return supervisor.registry.get(worker_id)
 
     @delete("/v1/workers/{worker_id:str}", status_code=202)
-    async def stop_worker(worker_id: str, force: bool = False) -> Response[WorkerRecord | None]:
+    async def stop_worker(worker_id: WorkerId, force: Force = False) -> Response[WorkerRecord | None]:
         if supervisor.stop(worker_id, is_forced=force):
             return Response(supervisor.registry.get(worker_id), status_code=202)
         return Response(None, status_code=204)
@@ -54,11 +57,11 @@ def worker_routes(
         return supervisor.called_back(callback, token.decode("utf-8", "replace"))
 
     @get("/v1/workers/{worker_id:str}/logs")
-    async def worker_log(worker_id: str, lines: Lines = LINES_DEFAULT, follow_: Annotated[
-        bool, Parameter(query="follow")
-    ] = False) -> ASGIApp | Response[bytes]:  # fmt: skip
+    async def worker_log(
+        worker_id: WorkerId, lines: Lines = LINES_DEFAULT, is_followed: Follow = False
+    ) -> ASGIApp | Response[bytes]:
         path, ended = supervisor.log_of(worker_id)
-        if follow_:
+        if is_followed:
             return cast("ASGIApp", TextStream(follow(path, ended, lines=lines), stop))
         return Response(await last_lines(path, lines), media_type="text/plain; charset=utf-8")
 
