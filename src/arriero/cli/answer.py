@@ -46,7 +46,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 class Answer(msgspec.Struct, kw_only=True):
     """What came of one task: also of one that failed half-way."""
 
-    model: str
+    #: As asked for, or as the orchestrator chose where nothing was.
+    model: str | None
     text: str = ""
     node: str | None = None
     worker_id: str | None = None
@@ -70,10 +71,14 @@ class Deadline:
             return None
         left = self._until - time.monotonic()
         if left <= 0:
-            raise ArrieroError(
-                ErrorCode.REQUEST_TIMEOUT, f"not done within {self.timeout_s:g} s", timeout_s=self.timeout_s
-            )
+            raise self.passed()
         return left
+
+    def passed(self) -> ArrieroError:
+        """Return the error of a command that was not done in time."""
+        return ArrieroError(
+            ErrorCode.REQUEST_TIMEOUT, f"not done within {self.timeout_s:g} s", timeout_s=self.timeout_s
+        )
 
 
 def run_task(
@@ -100,12 +105,23 @@ def run_task(
             _cancel(client, stream, answer)
         raise
     except ArrieroError as error:
-        answer.error = error.body()
-        raise
+        told = error
+        if isinstance(error.__cause__, TimeoutError) and left_s is not None:
+            # Our own limit has a margin that nobody asked for.
+            told = deadline.passed()
+        answer.error = told.body()
+        raise told from error.__cause__
     finally:
         narrator.clear()
         if stream is not None:
             stream.close()
+
+
+def name_model(client: Orchestrator, answer: Answer) -> None:
+    """Fill in the model of a task that named none; unknown it stays where the task cannot be asked."""
+    if answer.model is None and answer.task_id is not None:
+        with contextlib.suppress(ArrieroError):
+            answer.model = client.task(answer.task_id).model
 
 
 def write_to_stdout(text: str) -> None:
@@ -114,15 +130,17 @@ def write_to_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
-def end_line(answer: Answer) -> None:
-    """End the answer's last line on stdout, where there is one."""
-    if answer.text and not answer.text.endswith("\n"):
+def end_line(answer: Answer, narrator: Narrator) -> None:
+    """End the answer's last line on stdout, unless it is ended."""
+    is_ended = render.is_terminal(sys.stdout) and not narrator.is_mid_line
+    if answer.text and not answer.text.endswith("\n") and not is_ended:
         with contextlib.suppress(BrokenPipeError):
             write_to_stdout("\n")
 
 
 def _follow(stream: EventStream, narrator: Narrator, answer: Answer, write: Callable[[str], None]) -> None:
     pieces: list[str] = []
+    is_seen = render.is_terminal(sys.stdout)
     try:
         for event in task_events(stream):
             if isinstance(event, TaskToken):
@@ -132,7 +150,7 @@ def _follow(stream: EventStream, narrator: Narrator, answer: Answer, write: Call
                 answer.token_ids.append(event.id)
                 if event.token:
                     write(event.token)
-                    narrator.is_mid_line = not event.token.endswith("\n")
+                    narrator.is_mid_line = is_seen and not event.token.endswith("\n")
             else:
                 _tell(event, narrator)
                 _take(event, answer)

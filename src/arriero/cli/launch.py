@@ -16,7 +16,7 @@ import msgspec
 
 from arriero.client.api import Agent, Orchestrator
 from arriero.client.connection import Limits
-from arriero.contracts.errors import ArrieroError, ErrorBody, ErrorCode, from_body
+from arriero.contracts.errors import KINDS, ArrieroError, ErrorBody, ErrorCode, from_body
 from arriero.contracts.records import RunRecord
 from arriero.runtime import processes
 from arriero.runtime.state_dir import StateDir, run_identity
@@ -219,4 +219,9 @@ def _error_in(log: Path, offset: int) -> ArrieroError | None:
             content: Any = json.loads(line)
             if isinstance(content, dict) and "error" in content and content.get("event") == "ended":
                 return from_body(msgspec.convert(content["error"], ErrorBody))
+        # Or in words, as a daemon's own main tells it: `CODE: message. What to do.`
+        code, separator, message = line.decode("utf-8", "replace").partition(": ")
+        if separator and code in ErrorCode.__members__:
+            found = ErrorCode[code]
+            return ArrieroError(found, message.removesuffix(KINDS[found].what_to_do).rstrip(". "))
     return None

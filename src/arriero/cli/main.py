@@ -35,6 +35,9 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "agent": ("daemon_entries", "agent", "Run this machine's agent in the foreground."),
 }
 
+#: Set by the completion script while it asks what could follow.
+COMPLETE_VARIABLE: Final = "_ARRIERO_COMPLETE"
+
 
 class LazyGroup(click.Group):
     """A group that imports a command when it is run, and not for its name in a list."""
@@ -88,12 +91,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     as_json = "--json" in arguments
     try:
-        result = cli.main(args=list(arguments), prog_name="arriero", standalone_mode=False)
-        code = result if isinstance(result, int) else Exit.OK
+        code = _invoke(arguments)
+    except click.exceptions.Exit as ended:
+        code = ended.exit_code
     except (KeyboardInterrupt, click.Abort):
         code = Exit.INTERRUPTED
-    except Terminated as ended:
-        code = 128 + ended.number
+    except Terminated as stopped:
+        code = 128 + stopped.number
     except click.ClickException as failure:
         _tell_usage(failure, as_json=as_json)
         code = failure.exit_code
@@ -109,6 +113,18 @@ def run(arguments: Sequence[str]) -> int:
         code = Exit.ERROR
     _flush()
     return int(code)
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    """Run a command; unlike click's own `main`, leave signals and broken pipes to us."""
+    instruction = os.environ.get(COMPLETE_VARIABLE)
+    if instruction:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "arriero", COMPLETE_VARIABLE, instruction)
+    with cli.make_context("arriero", list(arguments)) as context:
+        result = cli.invoke(context)
+    return result if isinstance(result, int) else Exit.OK
 
 
 def _tell_usage(failure: click.ClickException, *, as_json: bool) -> None:

@@ -72,11 +72,9 @@ def down(
     daemons = {role: found for role in roles if (found := _daemon(state, role)) is not None}
     agent_limit_s = grace_s + _AGENT_MARGIN_S
     # An agent that lives stops its workers itself, and better: it drains them and records how they ended.
-    first = (
-        [("agent", daemons["agent"], agent_limit_s, None)] if "agent" in daemons else _orphans(runs, grace_s)
-    )
-    if "orchestrator" in daemons:
-        first.append(("orchestrator", daemons["orchestrator"], agent_limit_s, None))
+    first: list[_Job] = [(role, known, agent_limit_s, None) for role, known in daemons.items()]
+    if "agent" not in daemons:
+        first += _orphans(runs, grace_s)
     _in_parallel(end, first)
     # Looked at again: the agent may have started one meanwhile, or died on its way.
     known_runs = (

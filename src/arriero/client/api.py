@@ -126,11 +126,16 @@ class Caller:
     def stream(
         self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
         codes: FailureCodes = streams.SSE_CODES, connect_s: float | None = None,
-        silence_s: float = STREAM_SILENCE_S, total_s: float | None = None, needs_done: bool = True,
+        silence_s: float = STREAM_SILENCE_S, total_s: float | None = None, head_s: float | None = None,
+        needs_done: bool = True,
     ) -> EventStream:  # fmt: skip
         """Open an event stream; see `EventStream`.  Use it in a `with`, so that it is closed."""
         limits = replace(
-            self.limits, connect_s=connect_s or self.limits.connect_s, silence_s=silence_s, total_s=total_s
+            self.limits,
+            connect_s=connect_s or self.limits.connect_s,
+            silence_s=silence_s,
+            total_s=total_s,
+            head_s=head_s,
         )
         return streams.open_stream(
             self._target, method, path,

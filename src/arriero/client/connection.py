@@ -53,6 +53,8 @@ class Limits:
     connect_s: float = CONNECT_TIMEOUT_S
     #: Without a single byte, comments included.
     silence_s: float = CALL_TIMEOUT_S
+    #: Until the head of the answer; None: as any silence.
+    head_s: float | None = None
     #: From the first attempt to connect to the last byte; None: as long as bytes come.
     total_s: float | None = None
     #: Attempts to connect; only a refused or failed connection is tried again, never a sent request.
@@ -191,12 +193,18 @@ class Exchange:
 
     def _remaining_s(self) -> float:
         """Return how long the next wait may be; raises TimeoutError if no time is left."""
+        silence_s = self._silence_s()
         if self._deadline is None:
-            return self._limits.silence_s
+            return silence_s
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        return min(left, self._limits.silence_s)
+        return min(left, silence_s)
+
+    def _silence_s(self) -> float:
+        if self._response is None and self._limits.head_s is not None:
+            return self._limits.head_s
+        return self._limits.silence_s
 
     def _connect(self) -> None:
         delays = CONNECT_DELAYS_S[: max(0, self._limits.attempts - 1)]
@@ -240,7 +248,7 @@ class Exchange:
     def _timed_out(self) -> ArrieroError:
         limit = self._limits.total_s
         if self._deadline is None or time.monotonic() < self._deadline:
-            limit = self._limits.connect_s if self._sock is None else self._limits.silence_s
+            limit = self._limits.connect_s if self._sock is None else self._silence_s()
         what = (
             "no connection" if self._sock is None else "no answer" if self._response is None else "not done"
         )

@@ -8,6 +8,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.domain import deadlines
 from arriero.runtime import sse
 from arriero.runtime.asgi import Headers, Receive, Scope, Send, error_bytes, send_error
+from arriero.runtime.clock import Clock
 
 SSE_HEADERS: Final[Headers] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -138,8 +139,11 @@ class Exchange:
 class Exchanges:
     """All that are running: counted, and ended together when the daemon stops."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._running: set[Exchange] = set()
+        #: When the last one ended, on the monotonic clock.
+        self.last_end_s = 0.0
 
     def __len__(self) -> int:
         return len(self._running)
@@ -151,6 +155,7 @@ class Exchanges:
             await exchange.run(work)
         finally:
             self._running.discard(exchange)
+            self.last_end_s = self._clock.monotonic_s()
 
     def abort_all(self, error: ArrieroError) -> None:
         """End all that still run."""

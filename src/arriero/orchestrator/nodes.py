@@ -218,8 +218,15 @@ class NodeRegistry:
             node.downloads[event.download.download_id] = event.download
             self._tell(event)
         elif isinstance(event, AgentBeat):
+            free = event.device_free_mb
             node.capabilities = msgspec.structs.replace(
-                node.capabilities, ram_free_mb=event.ram_free_mb, disk_free_mb=event.disk_free_mb
+                node.capabilities,
+                ram_free_mb=event.ram_free_mb,
+                disk_free_mb=event.disk_free_mb,
+                devices=[
+                    msgspec.structs.replace(device, memory_free_mb=free.get(device.id, device.memory_free_mb))
+                    for device in node.capabilities.devices
+                ],
             )
 
     def unreachable(self, node: Node, why: str) -> None:

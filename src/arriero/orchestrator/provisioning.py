@@ -124,9 +124,13 @@ class ModelProvisioner:
         """
         refs.parse(body.model_ref)
         wants = Wants(body.model_ref, node_name, body.backend, body.device)
-        with_model, model = await self._catalogs(body.model_ref)
-        node = self._registry.reachable(self._choose(wants, with_model, model).node or "")
-        return await self._spawn(node, body)
+        choice = _checked(await self.choose(wants), wants)
+        return await self._spawn(self._registry.reachable(choice), body)
+
+    async def choose(self, wants: Wants) -> NodeChoice:
+        """Return which node would take a new worker now."""
+        with_model, model = await self._catalogs(wants.model_ref)
+        return self._choose(wants, with_model, model)
 
     async def catalogs(self) -> list[tuple[Node, ModelRecord]]:
         """Return the models of all nodes that answer."""
@@ -170,18 +174,15 @@ class ModelProvisioner:
         while True:
             with_model, model = await self._catalogs(job.wants.model_ref)
             wants = replace(job.wants, excluded=frozenset(refused))
-            try:
-                choice = self._choose(wants, with_model, model)
-            except ArrieroError:
+            choice = self._choose(wants, with_model, model)
+            if choice.node is None and refused:
                 # What a node itself said tells more than that no node is left.
-                if refused:
-                    raise next(iter(refused.values())) from None
-                raise
-            assert choice.node is not None
-            job.tell(TaskPlacing(node=choice.node, actor="orchestrator", message=choice.message))
-            node = self._registry.reachable(choice.node)
+                raise next(iter(refused.values()))
+            name = _checked(choice, wants)
+            job.tell(TaskPlacing(node=name, actor="orchestrator", message=choice.message))
+            node = self._registry.reachable(name)
             try:
-                return await self._provision_on(node, job, has_model=choice.node in with_model)
+                return await self._provision_on(node, job, has_model=name in with_model)
             except ArrieroError as error:
                 others = len(self._registry.nodes()) - len(refused) - 1
                 if error.code not in _TRY_ELSEWHERE or others < 1:
@@ -255,11 +256,7 @@ class ModelProvisioner:
 
     def _choose(self, wants: Wants, with_model: frozenset[str], model: ModelRecord | None) -> NodeChoice:
         needed_mb = None if model is None else -(-model.size_bytes // MIB)
-        choice = choose_node(self._registry.node_views(with_model), wants, needed_mb)
-        if choice.code is not None:
-            refusals = {refusal.candidate: refusal.why for refusal in choice.refused}
-            fail(choice.code, choice.message, model_ref=wants.model_ref, refused=refusals)
-        return choice
+        return choose_node(self._registry.node_views(with_model), wants, needed_mb)
 
     async def _catalogs(self, model_ref: str) -> tuple[frozenset[str], ModelRecord | None]:
         found = [(node, model) for node, model in await self.catalogs() if model.model_ref == model_ref]
@@ -271,6 +268,15 @@ class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
 
     download_id: str
     progress_url: str = ""
+
+
+def _checked(choice: NodeChoice, wants: Wants) -> str:
+    """Return the chosen node's name.  Raises why there is none."""
+    if choice.node is None:
+        refusals = {refusal.candidate: refusal.why for refusal in choice.refused}
+        code = choice.code or ErrorCode.NO_CAPACITY
+        fail(code, choice.message, model_ref=wants.model_ref, refused=refusals)
+    return choice.node
 
 
 def _is_local(model_ref: str) -> bool:

@@ -9,22 +9,30 @@ from typing import Final
 import msgspec
 
 from arriero.contracts import refs
-from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
+from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import TaskDownloading, TaskLoading
 from arriero.domain.placement import Wants
+from arriero.orchestrator.courier import (
+    ERROR_BYTES_MAX,
+    Counters,
+    Courier,
+    Refused,
+    hop_headers,
+    passed,
+    splice_events,
+)
 from arriero.orchestrator.exchange import (
     Exchange,
     Exchanges,
     Outlet,
-    header,
     read_body,
     remaining_ms,
     request_id,
 )
 from arriero.orchestrator.scheduler import Lease, Scheduler, Waiting
-from arriero.orchestrator.upstream import Address, Connection, Head, Lost, Silent, Upstreams, request_bytes
+from arriero.orchestrator.upstream import Lost, Silent
 from arriero.runtime import logs
-from arriero.runtime.asgi import BEAT_S, Headers, Receive, Scope, Send
+from arriero.runtime.asgi import Headers, Receive, Scope, Send
 from arriero.runtime.clock import Clock
 
 #: Waits before a worker whose queue is full is asked again.
@@ -34,18 +42,9 @@ LOSSES_MAX: Final = 1
 #: Workers that refuse because they are leaving: our view lagged behind.
 REFUSALS_MAX: Final = 4
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
-ERROR_BYTES_MAX: Final = 1024 * 1024
-EVENT_BYTES_MAX: Final = 16 * 1024 * 1024
-_EVENT_END: Final = b"\n\n"
 #: Answered by a worker that takes nothing any more, or not yet.
 LEAVING: Final = frozenset(
     {ErrorCode.NO_READY_WORKERS, ErrorCode.MODEL_LOADING, ErrorCode.WORKER_UNHEALTHY}
-)  # fmt: skip
-_PASSED_HEADERS: Final = frozenset(
-    {
-        b"content-type", b"content-length", b"content-range", b"accept-ranges", b"cache-control",
-        b"retry-after", b"x-accel-buffering", b"location", b"allow", b"etag",
-    }
 )  # fmt: skip
 
 
@@ -58,21 +57,6 @@ class OpenAiBody(msgspec.Struct, frozen=True):
 
 
 _BODY: Final = msgspec.json.Decoder(OpenAiBody)
-
-
-class Refused(Exception):
-    """A worker answered with an error before the first byte."""
-
-    def __init__(self, head: Head, content: bytes) -> None:
-        self.head = head
-        self.content = content
-        try:
-            self.error = from_body(msgspec.json.decode(content, type=ErrorResponse).error)
-        except msgspec.DecodeError:
-            self.error = ArrieroError(
-                ErrorCode.INTERNAL_ERROR, f"a worker answered with status {head.status}", status=head.status
-            )
-        super().__init__(str(self.error))
 
 
 class Tries:
@@ -113,57 +97,6 @@ def stalled(lease: Lease, silent: Silent) -> ArrieroError:
         worker_id=lease.worker_id,
         limit_s=silent.silence_s,
     )
-
-
-class Counters:
-    """Plain integers, exported when somebody asks."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.failures = 0
-        self.cancelled = 0
-        self.bytes_relayed = 0
-        self.retries = 0
-
-
-class Courier:
-    """Brings one request to one worker."""
-
-    def __init__(self, upstreams: Upstreams) -> None:
-        self._upstreams = upstreams
-
-    async def bring(
-        self, address: Address, method: str, target: str, *, headers: list[tuple[str, str]], body: bytes
-    ) -> tuple[Connection, Head]:
-        """Send a request; return the connection and the answer's head.  Release or abort it afterwards.
-
-        Raises Lost if no answer comes.
-        """
-        request = request_bytes(method, target, address, headers, body)
-        is_new = False
-        while True:
-            connection = await self._upstreams.open(address, is_new=is_new)
-            try:
-                connection.send(request, is_bodiless=method == "HEAD")
-                return connection, await connection.head()
-            except Lost:
-                connection.abort()
-                # A kept connection may have been closed by the other side just now.
-                if not connection.is_reused:
-                    raise
-                is_new = True
-            except BaseException:
-                connection.abort()
-                raise
-
-
-def hop_headers(exchange: Exchange, request_id_: str, *, accept: str) -> list[tuple[str, str]]:
-    """Return the headers that every request to a worker carries."""
-    found = [("content-type", "application/json"), ("accept", accept), ("x-request-id", request_id_)]
-    left_ms = exchange.next_hop_ms()
-    if left_ms is not None:
-        found.append(("x-request-deadline", f"{left_ms:.0f}"))
-    return found
 
 
 class Relay:
@@ -238,7 +171,7 @@ class Relay:
                 return
             content = await connection.read_all(ANSWER_BYTES_MAX)
             self._counters.bytes_relayed += len(content)
-            await call.outlet.whole(head.status, [*_passed(head, length=False), *served_by], content)
+            await call.outlet.whole(head.status, [*passed(head, length=False), *served_by], content)
         finally:
             connection.release()
 
@@ -311,7 +244,7 @@ class _Call:
         if self.outlet.is_started:
             raise refused.error
         self._relay.counters.failures += 1
-        await self.outlet.whole(refused.head.status, _passed(refused.head, length=False), refused.content)
+        await self.outlet.whole(refused.head.status, passed(refused.head, length=False), refused.content)
 
     async def _say(self, step: Waiting | None) -> None:
         """Tell a waiting client of a step; hold back until it is certain that the request is right.
@@ -344,126 +277,6 @@ class _Call:
     async def _narrate(self, text: str) -> None:
         if self.is_stream and self.outlet.is_started:
             await self.outlet.comment(f"[orchestrator] {text}")
-
-
-async def splice_events(
-    connection: Connection, outlet: Outlet, *, stall_s: float, counters: Counters, is_retryable: bool = False
-) -> None:
-    """Pass an event stream on to its end, whole events only; a beat goes out while nothing comes.
-
-    Raises Lost if it breaks off (then no half event was sent), Silent after `stall_s` without a byte.
-    Where `is_retryable`, an error event WORKER_LOST before any data counts as Lost.
-    """
-    connection.beat(BEAT_S)
-    held = b""
-    while True:
-        chunk = await connection.read(stall_s=stall_s)
-        if chunk is None:
-            await outlet.write(b": beat\n\n")
-            continue
-        if chunk == b"":
-            if held:
-                raise Lost("the stream ended within an event")
-            return
-        if held:
-            chunk = held + chunk
-            held = b""
-        if not chunk.endswith(_EVENT_END):
-            cut = chunk.rfind(_EVENT_END)
-            cut = 0 if cut < 0 else cut + len(_EVENT_END)
-            chunk, held = chunk[:cut], chunk[cut:]
-            if len(held) > EVENT_BYTES_MAX:
-                raise Lost(f"an event is larger than {EVENT_BYTES_MAX} bytes")
-            if not chunk:
-                continue
-        if not outlet.has_data and b"data:" in chunk:
-            if is_retryable and b"event: error" in chunk and b'"WORKER_LOST"' in chunk:
-                raise Lost("its engine died")
-            outlet.has_data = True
-        counters.bytes_relayed += len(chunk)
-        await outlet.write(chunk)
-
-
-async def splice_plain(connection: Connection, outlet: Outlet, counters: Counters) -> None:
-    """Pass a body on as it comes.  Raises Lost if it breaks off."""
-    while True:
-        chunk = await connection.read()
-        if chunk == b"":
-            return
-        if chunk is not None:
-            counters.bytes_relayed += len(chunk)
-            await outlet.write(chunk)
-
-
-class Proxy:
-    """Passes any request on to a worker or an agent, and the answer back."""
-
-    def __init__(self, courier: Courier, exchanges: Exchanges, counters: Counters, *, stall_s: float) -> None:
-        self._courier = courier
-        self._exchanges = exchanges
-        self._counters = counters
-        self._stall_s = stall_s * 1.1 + 1
-
-    async def __call__(
-        self, scope: Scope, receive: Receive, send: Send, *, address: Address, target: str, added: Headers
-    ) -> None:
-        """Pass one request on to `address` as `target`; `added` goes onto the answer's headers."""
-        outlet = Outlet(send, scope["path"])
-        try:
-            body = await read_body(receive)
-            exchange = Exchange(receive, remaining_ms(scope))
-
-            async def serve() -> None:
-                await self._serve(scope, exchange, outlet, address, target, body, added)
-
-            await self._exchanges.run(exchange, serve)
-        except ArrieroError as error:
-            await outlet.fail(error, added)
-
-    async def _serve(
-        self, scope: Scope, exchange: Exchange, outlet: Outlet, address: Address, target: str, body: bytes,
-        added: Headers,
-    ) -> None:  # fmt: skip
-        headers = hop_headers(exchange, request_id(scope), accept=header(scope, b"accept") or "*/*")
-        for name in ("content-type", "last-event-id", "range"):
-            given = header(scope, name.encode())
-            if given:
-                headers = [pair for pair in headers if pair[0] != name]
-                headers.append((name, given))
-        try:
-            connection, head = await self._courier.bring(
-                address, scope["method"], target, headers=headers, body=body
-            )
-            try:
-                await self._answer(connection, head, outlet, added)
-            finally:
-                connection.release()
-        except Lost as lost:
-            if outlet.is_started and not outlet.is_stream:
-                # A plain body cannot tell of its own end: the connection closes instead.
-                return
-            code = ErrorCode.HEALTH_CHECK_ERROR if lost.is_unreachable else ErrorCode.WORKER_LOST
-            raise ArrieroError(code, f"the other side broke off: {lost.why}") from lost
-        except Silent as silent:
-            raise ArrieroError(ErrorCode.STREAM_STALLED, str(silent), limit_s=silent.silence_s) from silent
-
-    async def _answer(self, connection: Connection, head: Head, outlet: Outlet, added: Headers) -> None:
-        is_events = head.get(b"content-type").startswith(b"text/event-stream")
-        await outlet.start(head.status, [*_passed(head, length=not is_events), *added])
-        outlet.is_stream = is_events
-        if is_events:
-            await splice_events(connection, outlet, stall_s=self._stall_s, counters=self._counters)
-        else:
-            await splice_plain(connection, outlet, self._counters)
-        await outlet.end()
-
-
-def _passed(head: Head, *, length: bool) -> Headers:
-    return [
-        (name, value)
-        for name, value in head.headers
-        if name in _PASSED_HEADERS and (length or name != b"content-length")
-    ]
 
 
 def _decode(body: bytes) -> OpenAiBody:

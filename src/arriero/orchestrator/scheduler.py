@@ -9,7 +9,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import TaskDownloading, TaskLoading, TaskPlacing
 from arriero.contracts.records import WorkerExit, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
-from arriero.domain.placement import Wants, choose_worker
+from arriero.domain.placement import Wants, WorkerChoice, choose_worker
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.orchestrator.nodes import NodeRegistry
 from arriero.orchestrator.provisioning import Job, ModelProvisioner
@@ -56,12 +56,20 @@ class Scheduler:
     """Chooses workers, and waits for those that are being made."""
 
     def __init__(
-        self, registry: NodeRegistry, provisioner: ModelProvisioner, clock: Clock, *, beat_s: float
+        self,
+        registry: NodeRegistry,
+        provisioner: ModelProvisioner,
+        clock: Clock,
+        *,
+        beat_s: float,
+        join_s: float,
     ) -> None:
         self._registry = registry
         self._provisioner = provisioner
         self._clock = clock
         self._beat_s = beat_s
+        # So long after our own start the agent may not have been found yet.
+        self._join_until_s = clock.monotonic_s() + join_s
         self._in_flight: dict[str, int] = {}
 
     @property
@@ -69,9 +77,13 @@ class Scheduler:
         """How many requests are with workers now."""
         return sum(self._in_flight.values())
 
+    def choose(self, wants: Wants) -> WorkerChoice:
+        """Return which worker would take a request now."""
+        return choose_worker(self._registry.worker_views(self._in_flight), wants)
+
     def try_lease(self, wants: Wants) -> Lease | None:
         """Return a lease on a worker that is ready; None if there is none at this moment."""
-        choice = choose_worker(self._registry.worker_views(self._in_flight), wants)
+        choice = self.choose(wants)
         if choice.worker_id is None or not choice.is_ready:
             return None
         record = self._registry.workers.get(choice.worker_id)
@@ -85,11 +97,12 @@ class Scheduler:
         Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
         worker's own error…
         """
+        await self._joined()
         for _ in range(CHOICES_MAX):
             lease = self.try_lease(wants)
             if lease is not None:
                 return lease
-            choice = choose_worker(self._registry.worker_views(self._in_flight), wants)
+            choice = self.choose(wants)
             worker_id = choice.worker_id
             await say(TaskPlacing(worker_id=worker_id, actor="orchestrator", message=choice.message))
             if worker_id is None:
@@ -126,6 +139,13 @@ class Scheduler:
         )
 
     # --- Waiting -------------------------------------------------------------------------
+
+    async def _joined(self) -> None:
+        """Right after our start, wait for the first node."""
+        while not self._registry.is_ready():
+            left_s = self._join_until_s - self._clock.monotonic_s()
+            if left_s <= 0 or not await self._changed(left_s):
+                return
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         told = 0

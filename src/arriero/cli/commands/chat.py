@@ -13,13 +13,13 @@ from arriero.cli.signals import terminable
 from arriero.client.api import Orchestrator
 from arriero.contracts.errors import ArrieroError, Exit
 from arriero.contracts.requests import TaskBody
-from arriero.runtime import settings
 
 _EXAMPLES: Final = (
     "arriero chat",
     "arriero chat --model hf:org/repo:Q4_K_M --system 'You are terse.'",
     "printf 'Count from 1 to 3.\\nAnd back.\\n' | arriero chat --quiet",
 )
+_DEFAULT: Final = "(the orchestrator's default)"
 _HELP: Final = """\
 /help         this
 /reset        forget what was said
@@ -29,7 +29,8 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", help="Model reference; default: the setting default_model.")
+@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
+              help="Model reference; default: the orchestrator's.")  # fmt: skip
 @click.option("--system", metavar="TEXT", help="A system message before everything.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of one answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token each time.")
@@ -38,7 +39,7 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @click.option(
-    "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Seconds for an answer."
+    "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Limit of an answer."
 )
 @options.quiet_option
 @options.json_option
@@ -63,7 +64,7 @@ class Talk:
         self._given = given
         self._narrator = narrator
         self._as_json = as_json
-        self._model: str = given["model"] or settings.load().default_model
+        self._model: str | None = given["model"]
         self._messages: list[dict[str, Any]] = []
         self._code: int = Exit.OK
         self._is_person = render.is_terminal(sys.stdin)
@@ -76,12 +77,12 @@ class Talk:
             self._messages.append({"role": "system", "content": self._given["system"]})
 
     def run(self) -> int:
-        """Read and answer until the end; return the exit code of the last failure that was not interrupted."""
+        """Read and answer until the end; return the exit code: piped in, that of the last message."""
         if self._is_person:
             # Line editing and history of this session; nothing is read from or written to disk.
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - Importing it is what makes input() editable.
-            render.note(f"model {self._model}; /help shows the commands, Ctrl-D ends")
+            render.note(f"model {self._model or _DEFAULT}; /help shows the commands, Ctrl-D ends")
         while True:
             try:
                 line = self._read()
@@ -120,7 +121,7 @@ class Talk:
             render.note("forgotten")
         elif name == "/model":
             self._model = rest.strip() or self._model
-            render.note(f"model {self._model}")
+            render.note(f"model {self._model or _DEFAULT}")
         elif name == "/help":
             render.note(_HELP)
         else:
@@ -142,7 +143,7 @@ class Talk:
         except ArrieroError as error:
             self._code = int(error.kind.exit_code)
             if not self._as_json:
-                answers.end_line(answer)
+                answers.end_line(answer, self._narrator)
                 render.error(error)
         else:
             self._code = Exit.OK
@@ -154,7 +155,7 @@ class Talk:
         if self._as_json:
             render.data(answer)
         elif answer.error is None:
-            answers.end_line(answer)
+            answers.end_line(answer, self._narrator)
         self._narrator.is_mid_line = False
 
     def _body(self) -> TaskBody:

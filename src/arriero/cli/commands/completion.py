@@ -20,11 +20,11 @@ _EXAMPLES: Final = (
 @options.json_option
 def completion(*, shell: str, as_json: bool) -> int:
     """Print the script that makes SHELL complete commands and options."""
-    from arriero.cli.main import cli
+    from arriero.cli.main import COMPLETE_VARIABLE, cli
 
     kind = get_completion_class(shell)
     assert kind is not None, "click knows these three"
-    made = kind(cli, {}, "arriero", "_ARRIERO_COMPLETE")
+    made = kind(cli, {}, "arriero", COMPLETE_VARIABLE)
     # The template alone: `source()` would run the shell to look at its version.
     script = made.source_template % made.source_vars()
     if as_json:

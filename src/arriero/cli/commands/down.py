@@ -13,7 +13,7 @@ _EXAMPLES: Final = ("arriero down", "arriero down --grace 0     # at once", "arr
 
 @click.command(epilog=options.examples(_EXAMPLES))
 @click.option("--grace", type=click.FloatRange(0, 3600), metavar="S",
-              help="Seconds for a graceful stop before SIGKILL; default: the setting stop_grace_s.")  # fmt: skip
+              help="Seconds before SIGKILL; default: the setting stop_grace_s.")  # fmt: skip
 @options.quiet_option
 @options.json_option
 def down(*, grace: float | None, quiet: bool, as_json: bool) -> int:

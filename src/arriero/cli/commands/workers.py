@@ -16,6 +16,7 @@ from arriero.client.connection import Limits
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.records import WorkerRecord
+from arriero.contracts.states import WorkerState
 
 _COLUMNS: Final = (
     "worker",
@@ -30,6 +31,7 @@ _COLUMNS: Final = (
     "pid",
 )
 _STOP_TIMEOUT_S: Final = 60.0
+_POLL_S: Final = 0.1
 _LIST_EXAMPLES: Final = ("arriero workers list", "arriero ps --json")
 
 
@@ -69,6 +71,8 @@ def stop_workers(*, worker_ids: Sequence[str], is_all: bool, timeout: float, as_
     chosen = list(worker_ids) if worker_ids else [record.worker_id for record in client.workers()]
     for worker_id in chosen:
         client.stop_worker(_checked(worker_id), timeout_s=timeout)
+    for worker_id in chosen:
+        _wait_stopped(client, worker_id, deadline=time.monotonic() + timeout)
         if not as_json:
             render.out(f"{worker_id} stopped")
     if as_json:
@@ -144,6 +148,23 @@ def _pool() -> Orchestrator | Agent:
         agent = discovery.agent()
         return Agent(agent.url, agent.token, limits=limits)
     return Orchestrator(address.url, address.token, limits=limits)
+
+
+def _wait_stopped(client: Orchestrator | Agent, worker_id: str, *, deadline: float) -> None:
+    """Wait until a worker that was told to stop has ended.  Raises REQUEST_TIMEOUT at the deadline."""
+    while True:
+        try:
+            if client.worker(worker_id).state in (WorkerState.STOPPED, WorkerState.FAILED):
+                return
+        except ArrieroError as error:
+            if error.code is ErrorCode.WORKER_NOT_FOUND:
+                return
+            raise
+        if time.monotonic() > deadline:
+            raise ArrieroError(
+                ErrorCode.REQUEST_TIMEOUT, f"{worker_id} drains still; it ends when what it computes is done"
+            )
+        time.sleep(_POLL_S)
 
 
 def _checked(worker_id: str) -> str:
