@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,7 @@ async def kit_in(
     limits: ProvisionLimits | None = None,
     hf_endpoint: str | None = None,
     models_dir: Path | None = None,
+    inspect: Callable[[Path], ModelFacts] = inspect,
 ) -> AsyncGenerator[Kit, None]:
     clock = SystemClock()
     changes: list[DownloadRecord] = []

@@ -20,7 +20,9 @@ from arriero.contracts.events import DownloadFrame
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.states import DownloadState
 from arriero.domain.download_states import DOWNLOADS
+from arriero.engines import gguf as gguf_format
 from arriero.testing.fault_server import Answer, FaultServer
+from arriero.testing.gguf_writer import write_llama
 from arriero.testing.hub import HubServer
 
 TOKEN = "hf_notASecret"
@@ -133,6 +135,46 @@ async def test_a_tired_hub_is_asked_again(tmp_path: Path) -> None:
         error = await _refused(kit, "hf:o/r")
         assert error.code is ErrorCode.DOWNLOAD_FAILED and "503" in error.message
         assert len(server.requests) == 3
+
+
+async def _cancelled_midway(kit: Kit, ref: str) -> None:
+    download_id = kit.provisioner.start(ref).download_id
+    async for frame in kit.provisioner.frames(download_id):
+        if frame.bytes_downloaded > 0:
+            break
+    await kit.provisioner.cancel(download_id)
+
+
+async def test_a_hub_download_is_gone_on_with_by_its_checksum(tmp_path: Path) -> None:
+    async with HubServer(rate_bytes_per_s=2_000_000) as hub, kit_in(tmp_path, hf_endpoint=hub.url) as kit:
+        hub.add("o/r", {"m-Q8_0.gguf": gguf()})
+        await _cancelled_midway(kit, "hf:o/r")
+        (part,) = (kit.models_dir / file for file in kit.files() if file.endswith(".part"))
+        kept = len(part.read_bytes())
+        assert 0 < kept < SIZE_BYTES
+        _, path = await kit.provisioner.ensure("hf:o/r")
+        assert path.read_bytes() == gguf()
+        assert hub.ranges == [None, f"bytes={kept}-"]
+
+
+async def test_a_repository_that_moved_on_is_fetched_from_the_start(tmp_path: Path) -> None:
+    async with HubServer(rate_bytes_per_s=2_000_000) as hub, kit_in(tmp_path, hf_endpoint=hub.url) as kit:
+        hub.add("o/r", {"m-Q8_0.gguf": gguf()})
+        await _cancelled_midway(kit, "hf:o/r")
+        hub.add("o/r", {"m-Q8_0.gguf": gguf(2)})
+        _, path = await kit.provisioner.ensure("hf:o/r")
+        assert path.read_bytes() == gguf(2)
+
+
+async def test_the_real_header_is_read_and_a_truncated_file_refused(tmp_path: Path) -> None:
+    whole = write_llama(tmp_path / "tiny.gguf").read_bytes()
+    async with HubServer() as hub, kit_in(tmp_path, hf_endpoint=hub.url, inspect=gguf_format.inspect) as kit:
+        hub.add("o/whole", {"tiny.gguf": whole})
+        record, _ = await kit.provisioner.ensure("hf:o/whole")
+        assert record.architecture == "llama" and record.block_count > 0 and record.parameters > 0
+        hub.add("o/short", {"tiny.gguf": whole[:-1000]})
+        assert (await _refused(kit, "hf:o/short")).code is ErrorCode.MODEL_CORRUPTED
+        assert len(await kit.catalog.records()) == 1
 
 
 # --- Files that are there already ------------------------------------------------------------

@@ -98,6 +98,10 @@ class ModelProvisioner:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             auto_decompress=False,
+            # Signed addresses are long; nothing of one download is told to another.
+            max_line_size=65_536,
+            max_field_size=65_536,
+            cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             read_bufsize=self._limits.fetch.block_bytes,
         )

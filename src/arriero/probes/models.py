@@ -1,6 +1,5 @@
 """Is a model in the catalog, is its file behind it, does its download begin?"""
 
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urljoin
 
@@ -52,7 +51,6 @@ def model_registered(where: Where, *, model: str | None = None, timeout_s: float
         if not models:
             raise ArrieroError(ErrorCode.MODEL_NOT_FOUND, "the catalog is empty")
         for record in models:
-            _check_file(record)
             verified = caller.verify_model(record.model_id, timeout_s=timeout_s)
             seen["models"].append(msgspec.to_builtins(verified))
 
@@ -110,17 +108,3 @@ def _find(caller: Agent, model: str) -> ModelRecord:
         model_ref=model[:200],
         models=[record.model_ref for record in models[:50]],
     )
-
-
-def _check_file(record: ModelRecord) -> None:
-    """Look for the file of a model that lies outside of the agent's folder."""
-    if not record.model_ref.startswith("file:"):
-        return
-    ref = refs.parse(record.model_ref)
-    assert isinstance(ref, refs.FileRef)
-    if not Path(ref.path).is_file():
-        raise ArrieroError(
-            ErrorCode.INVALID_MODEL_PATH,
-            f"{record.model_ref} is in the catalog, and no file is there",
-            model_ref=record.model_ref,
-        )

@@ -47,6 +47,8 @@ class Probe:
     url_replaces: str = "the look-up of the worker"
     #: The agent is asked in any case, so that there is no --agent.
     is_of_agent: bool = False
+    #: Takes `tell`, a function that is told what happens meanwhile.
+    is_telling: bool = False
 
 
 _MODEL: Final = Option("--model", "model", "Model reference.", is_required=True)
@@ -117,6 +119,7 @@ _ROWS: Final = (
         ),
         has_worker=True,
         url_replaces="the registry",
+        is_telling=True,
     ),
     Probe(
         worker_start.SPAWN,

@@ -77,9 +77,12 @@ def agent(where: Where, *, timeout_s: float = REGISTRY_TIMEOUT_S) -> Agent:
 
 
 def listed(caller: Caller, codes: FailureCodes) -> list[Listed]:
-    """Return the workers of a registry, by start.  Raises `codes` where it does not tell."""
+    """Return the workers of a registry, those that ended lately too, by start.
+
+    Raises `codes` where it does not tell.
+    """
     try:
-        found = caller.call("GET", "/v1/workers", _List, codes=codes).workers
+        found = caller.call("GET", "/v1/workers?all=1", _List, codes=codes).workers
     except ArrieroError as error:
         if error.code is not ErrorCode.VERSION_MISMATCH:
             raise

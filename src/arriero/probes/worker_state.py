@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,11 +34,13 @@ def worker_state(
     through: str | None = None,
     is_watching: bool = False,
     timeout_s: float = TIMEOUT_S,
+    tell: Callable[[str], None] | None = None,
 ) -> ProbeResult:
     """Compare a worker's state with `expect`; watch it for `timeout_s` where a way is asked for.
 
     With `start` or `through` the worker must be seen in each of these states in turn; with
-    `is_watching` it has the time to come to `expect`.  Without them one look decides.
+    `is_watching` it has the time to come to `expect`.  Without them one look decides.  `tell` hears
+    of each state as it is seen.
     """
 
     def question(seen: dict[str, Any]) -> None:
@@ -49,7 +52,7 @@ def worker_state(
         except ArrieroError as error:
             raise in_terms_of(NO_WORKERS_CODES, error) from error
         if is_watching or start or through:
-            _watch(caller, where, way, timeout_s, seen)
+            _watch(caller, where, way, timeout_s, seen, tell)
         else:
             state = _look(caller, where, None, seen)
             if state is not way.goal:
@@ -110,13 +113,24 @@ def _find(workers: list[Listed], where: Where, worker_id: str | None) -> Listed:
     return choose(workers, wanted, any_state=not living)
 
 
-def _watch(caller: Caller, where: Where, way: _Way, timeout_s: float, seen: dict[str, Any]) -> None:
+def _watch(
+    caller: Caller,
+    where: Where,
+    way: _Way,
+    timeout_s: float,
+    seen: dict[str, Any],
+    tell: Callable[[str], None] | None,
+) -> None:
     todo = [state for state in (way.start, way.through, way.goal) if state is not None]
     deadline = time.monotonic() + timeout_s
     worker_id: str | None = None
+    before: WorkerState | None = None
     while True:
         state = _look(caller, where, worker_id, seen)
         worker_id = seen["worker_id"]
+        if tell is not None and state is not before:
+            tell(f"[probe] worker {worker_id} is {state}")
+        before = state
         while todo and state is todo[0]:
             todo.pop(0)
         if not todo:

@@ -334,22 +334,6 @@ def registry_forgets(broken: Broken, request: Request) -> None:
     request.answer_json(200, {"workers": workers})
 
 
-def catalog_of_ghosts(_: Broken, request: Request) -> None:
-    """A catalog that lists a model whose file is not there."""
-    ref = "file:///nonexistent/ghost.gguf"
-    record = {
-        "model_id": "ghost",
-        "model_ref": ref,
-        "provider": "file",
-        "files": ["ghost.gguf"],
-        "size_bytes": 1,
-        "sha256": "0" * 64,
-        "added_unix": 1.0,
-        "is_external": True,
-    }
-    request.answer_json(200, {"models": [record]})
-
-
 def download_never_begins(_: Broken, request: Request) -> None:
     """An agent that accepts a download and then has no progress to tell."""
     if request.method == "POST":
@@ -367,7 +351,7 @@ MODES: Final[dict[str, Play]] = {
         half_reset, half_closed, half_silent, beats_only, garbage, error_event,
         token_dropped, last_token_dropped, token_doubled, no_done_frame, no_done_mark, no_tokens,
         unwell, registry_confused, registry_backwards, registry_forgets,
-        catalog_of_ghosts, download_never_begins,
+        download_never_begins,
     )
 }  # fmt: skip
 

@@ -53,6 +53,8 @@ class HubServer:
         self.bytes_sent = 0
         #: Requests as "GET /path".
         self.requests: list[str] = []
+        #: Range headers of requests for bytes.
+        self.ranges: list[str | None] = []
         #: Authorization headers that came to the host of the bytes: there must never be one.
         self.leaked: list[str] = []
         self._rate_bytes_per_s = rate_bytes_per_s
@@ -148,6 +150,7 @@ class HubServer:
         self._note(request)
         if "Authorization" in request.headers:
             self.leaked.append(request.headers["Authorization"])
+        self.ranges.append(request.headers.get("Range"))
         if request.query.get("signature") != "abc/def":
             return web.Response(status=403)
         content = self._by_sha256[request.match_info["sha256"]]

@@ -76,6 +76,8 @@ def _make(row: Probe) -> click.Command:
             given["where"] = Where(
                 given.pop("url"), given.pop("is_agent", False), given.pop("worker_id", None)
             )
+        if row.is_telling:
+            given["tell"] = render.note
         result = row.ask(**given)
         _show(result, as_json=as_json)
         return result.exit_code
