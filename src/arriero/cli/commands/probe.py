@@ -83,7 +83,11 @@ def _make(row: Probe) -> click.Command:
         return result.exit_code
 
     return click.Command(
-        row.name, params=_parameters(row), callback=run, help=row.help, epilog=options.examples(_examples(row))
+        row.name,
+        params=_parameters(row),
+        callback=run,
+        help=row.help,
+        epilog=options.examples(_examples(row)),
     )
 
 
