@@ -73,7 +73,8 @@ class EngineChild:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **env},
             cwd="/",
-            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.
+            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.  (uvloop knows
+            # no `process_group`.)
             start_new_session=True,
         )
         child = cls(process, hidden, on_log)
