@@ -1,0 +1,4 @@
+"""x"""
+from arriero.contracts.errors import ErrorCode, fail
+class Fake:
+    def probe(self): fail(ErrorCode.BACKEND_UNAVAILABLE)
