@@ -1,5 +1,6 @@
 """The engine llama.cpp, from the wheel `xllamacpp`: one child process, spoken to over a unix socket."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.engines import gguf, llamacpp_estimate, llamacpp_load, llamacpp_stream, unix_http
+from arriero.engines import gguf, llamacpp_estimate, llamacpp_load, llamacpp_stream, token_pieces, unix_http
 from arriero.engines.base import (
     Abilities,
     Engine,
@@ -82,6 +83,7 @@ class LlamaCppEngine:
         self._folder: Path | None = None
         self._socket_path = ""
         self._batch_tokens = 0
+        self._pieces = token_pieces.TokenPieces()
 
     # --- Life ---------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class LlamaCppEngine:
         Raises also what `gguf.read_header` and `line_of` raise, before anything is started.
         """
         assert self._child is None, "an engine is loaded once"
-        header = gguf.read_header(spec.model_path)
+        header, self._pieces = await asyncio.to_thread(token_pieces.read, spec.model_path)
         options = options_of(spec)
         if header.facts.is_embedding:
             self.abilities = Abilities(chat=False, grammar=False)
@@ -166,7 +168,7 @@ class LlamaCppEngine:
         path, body = llamacpp_stream.body_of(request)
         is_chat = path == llamacpp_stream.CHAT_PATH
         kind = llamacpp_stream.ChatReader if is_chat else llamacpp_stream.CompletionReader
-        reader = kind(request, llamacpp_stream.unknown_ids)
+        reader = kind(request, self._pieces)
         is_finished = False
         try:
             async with await unix_http.open_exchange(self._path(), "POST", path, body) as exchange:
