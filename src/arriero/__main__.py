@@ -1,16 +1,40 @@
-"""Which program does `arriero COMMAND` become?"""
+"""Which part of arriero does this command line ask for?  Imports no more than that part needs."""
 
 import sys
+from collections.abc import Sequence
+
+_DAEMONS = frozenset({"orchestrator", "agent", "worker"})
+_VERSION = frozenset({"version", "--version", "-V"})
 
 
-def main() -> int:
-    """Dispatch on the first argument, importing only what it needs."""
-    if sys.argv[1:] == ["worker"]:
-        from arriero.worker.app import main as worker_main
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    first = given[0] if given else ""
+    if first in _VERSION and set(given[1:]) <= {"--json"}:
+        return _version(as_json="--json" in given)
+    if first in _DAEMONS:
+        from arriero.cli.commands import daemons
 
-        return worker_main()
-    sys.stderr.write("usage: arriero worker\n")
-    return 2
+        return daemons.main(given)
+    from arriero.cli.main import run
+
+    return run(given)
+
+
+def _version(*, as_json: bool) -> int:
+    from arriero.contracts.version import API_VERSION, __version__
+
+    text = f"arriero {__version__}"
+    if as_json:
+        python = ".".join(map(str, sys.version_info[:3]))
+        text = f'{{"version": "{__version__}", "api_version": {API_VERSION}, "python": "{python}"}}'
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None  # Nothing is left to flush at the end.
+    return 0
 
 
 if __name__ == "__main__":

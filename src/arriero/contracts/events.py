@@ -10,7 +10,7 @@ from typing import TypeAlias
 import msgspec
 
 from arriero.contracts.errors import ErrorBody
-from arriero.contracts.records import Capabilities, DownloadRecord, WorkerRecord
+from arriero.contracts.records import Capabilities, DownloadRecord, NodeRecord, TaskRecord, WorkerRecord
 from arriero.contracts.states import DownloadState
 
 # --- GET /v1/progress of a worker -------------------------------------------------------------
@@ -131,6 +131,8 @@ class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     ram_free_mb: int
     disk_free_mb: int
     unix: float
+    #: Free memory of each device, by its id.
+    device_free_mb: dict[str, int] = {}
 
 
 AgentEvent: TypeAlias = AgentSnapshot | WorkerChanged | DownloadChanged | AgentBeat
@@ -221,3 +223,37 @@ TaskEvent: TypeAlias = (
     | TaskEnd
     | TaskFailed
 )
+
+
+# --- GET /v1/events of the orchestrator -------------------------------------------------------
+
+
+class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
+    """First event: everything that is so now."""
+
+    nodes: list[NodeRecord]
+    workers: list[WorkerRecord]
+    downloads: list[DownloadRecord]
+    #: Those that are not finished.
+    tasks: list[TaskRecord]
+
+
+class NodeChanged(msgspec.Struct, frozen=True, kw_only=True, tag="node"):
+    """A node is new, or its state or what it has changed."""
+
+    node: NodeRecord
+
+
+class PoolWorkerChanged(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
+    """A worker is new or changed; a final state is its last event."""
+
+    worker: WorkerRecord
+
+
+class TaskChanged(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
+    """A task is new or its state changed (its text is not told here)."""
+
+    task: TaskRecord
+
+
+PoolEvent: TypeAlias = PoolSnapshot | NodeChanged | PoolWorkerChanged | DownloadChanged | TaskChanged

@@ -179,6 +179,9 @@ class WorkerRunRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: Directory of the memory cgroup the process was started in, and its oom_kill count then.
     cgroup_path: str = ""
     oom_kills_at_start: int = 0
+    #: What preflight reckoned with: promised to the worker until it is loaded.
+    estimated_host_mb: int = 0
+    estimated_device_mb: int = 0
 
 
 class WorkerList(msgspec.Struct, frozen=True):

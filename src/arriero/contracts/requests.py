@@ -56,9 +56,9 @@ class InferenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/tasks` of the orchestrator."""
+    """`POST /v1/tasks` of the orchestrator; without `model` it takes the setting `default_model`."""
 
-    model: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)] | None = None
     node: str | None = None
     backend: str | None = None
     device: str | None = None

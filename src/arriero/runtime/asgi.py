@@ -71,7 +71,8 @@ class Guard:
 
     Sets `scope["state"]["request_id"]` and the answer's `X-Request-Id`.  Refuses with FORBIDDEN
     a foreign Host or Origin, with MISSING_API_KEY / INVALID_API_KEY a wrong token (where one is
-    demanded), with REQUEST_TOO_LARGE a body over the limit.
+    demanded, except on `open_paths`, whose routes check by themselves), with REQUEST_TOO_LARGE a
+    body over the limit.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Guard:
         app: AsgiApp,
         *,
         token: str = "",
+        open_paths: frozenset[str] = frozenset(),
         hosts: frozenset[str] = LOOPBACK_HOSTS,
         body_bytes_max: int = BODY_BYTES_MAX,
         entropy: Entropy | None = None,
     ) -> None:
         self._app = app
         self._token = token.encode()
+        self._open_paths = open_paths
         self._hosts = hosts
         self._body_bytes_max = body_bytes_max
         self._entropy = entropy or SystemEntropy()
@@ -110,7 +113,7 @@ class Guard:
 
         bounded = _BoundedReceive(receive, self._body_bytes_max)
         try:
-            self._check(headers)
+            self._check(headers, scope["path"])
             bounded.check_length(headers.get(b"content-length"))
             await self._app(scope, bounded, send_with_id)
             if bounded.error is None or is_started:
@@ -122,20 +125,25 @@ class Guard:
             await bounded.discard()
             await send_error(send_with_id, error, path=scope["path"])
 
-    def _check(self, headers: dict[bytes, bytes]) -> None:
+    def _check(self, headers: dict[bytes, bytes], path: str) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         if _host_name(host) not in self._hosts:
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Host {host[:80]!r} is not one of ours")
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1") not in (f"http://{host}", f"https://{host}"):
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Origin {origin[:80].decode('latin-1')!r} is foreign")
-        if not self._token:
+        if not self._token or path in self._open_paths:
             return
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not token:
-            raise ArrieroError(ErrorCode.MISSING_API_KEY)
-        if not hmac.compare_digest(token.strip(), self._token):
+        if not hmac.compare_digest(bearer_token(headers.get(b"authorization", b"")), self._token):
             raise ArrieroError(ErrorCode.INVALID_API_KEY)
+
+
+def bearer_token(authorization: bytes) -> bytes:
+    """Return the token of an Authorization header.  Raises MISSING_API_KEY if it has none."""
+    scheme, _, token = authorization.partition(b" ")
+    if scheme.lower() != b"bearer" or not token.strip():
+        raise ArrieroError(ErrorCode.MISSING_API_KEY)
+    return token.strip()
 
 
 def _host_name(host: str) -> str:

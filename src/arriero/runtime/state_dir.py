@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -38,8 +37,7 @@ class StateDir:
         try:
             for folder in (self.home, self.run, self.workers, self.logs, self.models):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.run):
-                pass
+            probe_writable(self.run)
         except OSError as error:
             raise ArrieroError(
                 ErrorCode.STATE_DIR_UNUSABLE, f"the state folder cannot be written: {error.strerror}"
@@ -91,6 +89,14 @@ class StateDir:
             os.close(fd)
 
 
+def probe_writable(folder: Path) -> None:
+    """Return if files can be made in a folder.  Raises OSError if not."""
+    import tempfile
+
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def run_identity(record: RunRecord) -> Identity:
     """Return the process that a daemon's record speaks of."""
     return Identity(record.pid, record.pid_start_ticks, record.boot_id)
@@ -111,6 +117,9 @@ def read(path: Path, kind: type[T]) -> T | None:
 
 def write(path: Path, value: object) -> None:
     """Write a JSON file (0600) so that a reader sees the old one or the new one, never a half."""
+    # Not needed by those who only read, and 15 ms to import.
+    import tempfile
+
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:

@@ -1,0 +1,258 @@
+"""How does an agent start, live and end?  (`arriero agent`)"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from typing import cast
+
+from arriero.agent.adoption import adopt
+from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent.events import Feed
+from arriero.agent.machine import Machine, look_at_machine
+from arriero.agent.metrics import AgentMetrics, Downloads
+from arriero.agent.preflight import Preflight
+from arriero.agent.provisioner import ModelProvisioner
+from arriero.agent.routes.models import model_routes
+from arriero.agent.routes.node import node_routes
+from arriero.agent.routes.workers import READY_PATH, worker_routes
+from arriero.agent.spawner import Spawner
+from arriero.agent.supervisor import Supervisor
+from arriero.agent.worker_logs import prune, rotate
+from arriero.contracts import refs
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, WorkerChanged
+from arriero.contracts.records import DownloadRecord, RunRecord, WorkerRecord
+from arriero.contracts.version import __version__
+from arriero.domain.workers import WorkerRegistry
+from arriero.engines import registry as engines
+from arriero.runtime import daemon, logs, processes, state_dir
+from arriero.runtime.asgi import AsgiApp, Guard
+from arriero.runtime.clock import SystemClock
+from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.http import Http
+from arriero.runtime.litestar_app import make_app
+from arriero.runtime.serve import bind, serve, url_of
+from arriero.runtime.settings import Settings
+from arriero.runtime.state_dir import StateDir
+
+BEAT_S = 1.0
+#: Beats between two looks at the devices: asking a driver may take a second.
+DEVICES_BEATS = 10
+TIDY_S = 2.0
+#: Open requests may finish within this time once the workers are gone.
+HTTP_GRACE_S = 2.0
+TOKEN_DIGITS = 48
+
+
+def main(settings: Settings) -> int:
+    """Run an agent until SIGTERM or SIGINT; returns the exit code.
+
+    Raises what `run` raises, as a plain `ArrieroError`: the caller tells it in one line.
+    """
+    logs.configure(level=settings.log_level, role="agent")
+    try:
+        daemon.run(lambda stop: run(settings, stop))
+    except BaseExceptionGroup as group:
+        expected, rest = group.split(ArrieroError)
+        if expected is None or rest is not None:
+            raise
+        raise _first(expected) from group
+    return 0
+
+
+def _first(group: BaseExceptionGroup[ArrieroError]) -> ArrieroError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, ArrieroError), "the group was split by this type"
+    return found
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then stop all workers and end.
+
+    Raises STATE_DIR_UNUSABLE, ALREADY_RUNNING, PORT_IN_USE.
+    """
+    state = StateDir(settings.home_path())
+    state.prepare()
+    with state.lock("agent"), contextlib.closing(bind("127.0.0.1", settings.agent_port)) as sock:
+        catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock())
+        try:
+            async with Http() as http, asyncio.TaskGroup() as group:
+                machine = await look_at_machine(settings.name_of_node(), state.home)
+                await _Agent(settings, state, url_of(sock), http, group, catalog, machine).live(sock, stop)
+        finally:
+            await catalog.close()
+
+
+class _Agent:
+    """All parts of one agent, joined."""
+
+    def __init__(
+        self, settings: Settings, state: StateDir, url: str, http: Http, group: asyncio.TaskGroup,
+        catalog: ModelCatalog, machine: Machine,
+    ) -> None:  # fmt: skip
+        clock, entropy = SystemClock(), SystemEntropy()
+        self._settings = settings
+        self._state = state
+        self._url = url
+        self._http = http
+        self._group = group
+        self._clock = clock
+        self._token = entropy.hex(TOKEN_DIGITS)
+        self._machine = machine
+        self._catalog = catalog
+        self._downloads = Downloads()
+        self._feed = Feed(self._snapshot)
+        self._http_stop = asyncio.Event()
+        self._log = logs.get("arriero.agent")
+        me = processes.identity(os.getpid())
+        assert me is not None, "this process lives"
+        self._me = me
+        self._provisioner = ModelProvisioner(
+            catalog,
+            clock=clock,
+            entropy=entropy,
+            inspect=engines.kind("llamacpp").inspect,
+            on_change=self._download_changed,
+            group=group,
+        )
+        self._supervisor = Supervisor(
+            settings=settings,
+            state=state,
+            registry=WorkerRegistry(self._worker_changed),
+            http=http,
+            group=group,
+            clock=clock,
+            lease=f"{me.pid}:{me.start_ticks}",
+        )
+        self._spawner = Spawner(
+            settings=settings,
+            node=machine.node,
+            state=state,
+            supervisor=self._supervisor,
+            preflight=Preflight(machine, log_bytes_max=settings.log_bytes_max),
+            locate=self._locate,
+            kind_of=engines.kind,
+            callback_url=url + READY_PATH,
+            clock=clock,
+            entropy=entropy,
+        )
+
+    async def live(self, sock: socket.socket, stop: asyncio.Event) -> None:
+        """Adopt, serve until `stop`, stop the workers, end."""
+        async with self._provisioner:
+            await adopt(self._state, self._supervisor, self._http)
+            tasks = [
+                self._group.create_task(self._beat(), name="beat"),
+                self._group.create_task(self._tidy(), name="tidy"),
+                self._group.create_task(self._end_after(stop), name="end"),
+            ]
+            guard = Guard(self._app(), token=self._token, open_paths=frozenset({READY_PATH}))
+            try:
+                await serve(guard, sock, stop=self._http_stop, on_started=self._answers, grace_s=HTTP_GRACE_S)
+            finally:
+                self._state.run_file("agent").unlink(missing_ok=True)
+                self._supervisor.let_go()
+                for task in tasks:
+                    task.cancel()
+        self._log.info("agent_ended")
+
+    def _app(self) -> AsgiApp:
+        metrics = AgentMetrics(self._supervisor, self._downloads)
+        app = make_app(
+            [
+                *node_routes(self._machine, self._feed, metrics, stop=self._http_stop),
+                *worker_routes(self._supervisor, self._spawner, stop=self._http_stop),
+                *model_routes(self._provisioner, self._catalog),
+            ],
+            title="arriero agent",
+        )
+        return cast("AsgiApp", app)
+
+    async def _answers(self) -> None:
+        record = RunRecord(
+            pid=self._me.pid,
+            url=self._url,
+            version=__version__,
+            started=self._clock.wall_s(),
+            token=self._token,
+            pid_start_ticks=self._me.start_ticks,
+            boot_id=self._me.boot_id,
+            log_path=str(self._state.log_file("agent")),
+        )
+        state_dir.write(self._state.run_file("agent"), record)
+        self._log.info("agent_answers", url=self._url, node=self._machine.node)
+
+    # --- What goes on beside the requests -----------------------------------------------------
+
+    async def _end_after(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._log.info("agent_ending")
+        await self._supervisor.stop_all("its agent ended")
+        await self._provisioner.aclose()
+        self._http_stop.set()
+
+    async def _beat(self) -> None:
+        beats = 0
+        while True:
+            await self._clock.sleep_s(BEAT_S)
+            if not self._feed.readers:
+                continue
+            beats += 1
+            if beats % DEVICES_BEATS == 0:
+                await self._machine.look_aside()
+            resources = await asyncio.to_thread(self._machine.resources)
+            self._feed.publish(
+                AgentBeat(
+                    ram_free_mb=resources.ram_free_mb,
+                    disk_free_mb=resources.disk_free_mb,
+                    unix=self._clock.wall_s(),
+                    device_free_mb={device.id: device.memory_free_mb for device in resources.devices},
+                )
+            )
+
+    async def _tidy(self) -> None:
+        while True:
+            await self._clock.sleep_s(TIDY_S)
+            self._supervisor.tidy()
+            live = self._supervisor.live_logs()
+            for path in live:
+                await asyncio.to_thread(rotate, path, self._settings.log_bytes_max)
+            await asyncio.to_thread(prune, self._state.logs / "workers", live)
+
+    # --- What parts ask of each other ---------------------------------------------------------
+
+    async def _locate(self, model_ref: str) -> CatalogEntry:
+        """Return a model's entry; `demo` and `file:` are registered on the spot, others must be there."""
+        parsed = refs.parse(model_ref)
+        if isinstance(parsed, refs.DemoRef | refs.FileRef):
+            await self._provisioner.ensure(model_ref)
+        entry = await self._catalog.get(model_ref)
+        if entry is None:
+            fail(
+                ErrorCode.MODEL_NOT_FOUND,
+                f"{self._machine.node} does not have the model {model_ref!r}",
+                model_ref=model_ref,
+                node=self._machine.node,
+            )
+        await self._catalog.touch(entry.record.model_id)
+        return entry
+
+    def _worker_changed(self, _: WorkerRecord | None, after: WorkerRecord) -> None:
+        self._feed.publish(
+            WorkerChanged(worker=after, worker_token=self._supervisor.token_of(after.worker_id))
+        )
+
+    def _download_changed(self, record: DownloadRecord) -> None:
+        self._downloads.changed(record)
+        self._feed.publish(DownloadChanged(download=record))
+
+    def _snapshot(self) -> AgentSnapshot:
+        return AgentSnapshot(
+            capabilities=self._machine.capabilities(),
+            workers=list(self._supervisor.registry),
+            worker_tokens=self._supervisor.live_tokens(),
+            downloads=self._provisioner.records(),
+        )

@@ -1,0 +1,80 @@
+"""Which numbers does an agent show to Prometheus?  (`GET /metrics`)"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from arriero.agent.supervisor import Supervisor
+from arriero.contracts.records import DownloadRecord
+from arriero.contracts.states import WorkerState
+from arriero.domain.download_states import DOWNLOADS
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class AgentMetrics(Collector):
+    """Reads plain counts when it is scraped: counting costs nothing where it happens."""
+
+    def __init__(self, supervisor: Supervisor, downloads: "Downloads") -> None:
+        self._supervisor = supervisor
+        self._downloads = downloads
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """Return the page."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics as they are now."""
+        by_state = Counter(record.state for record in self._supervisor.registry)
+        workers = GaugeMetricFamily(
+            "arriero_agent_workers", "Workers by state; ended ones for ten minutes.", labels=["state"]
+        )
+        for state in WorkerState:
+            workers.add_metric([str(state)], by_state.get(state, 0))
+        yield workers
+        counts = self._supervisor.counts
+        for name, value, help_text in (
+            ("spawns", counts.spawns, "Workers started."),
+            ("adoptions", counts.adoptions, "Workers taken over from an earlier agent."),
+            ("crashes", counts.crashes, "Workers that ended without being asked to, or never became of use."),
+            ("kills", counts.kills, "Workers ended by SIGKILL from the agent."),
+            ("out_of_memory", counts.out_of_memory, "Workers the kernel killed for memory, with proof."),
+            ("stops", counts.stops, "Workers that ended as they were asked to."),
+            ("idle_unloads", counts.idle_unloads, "Workers stopped because they had no work."),
+        ):
+            yield CounterMetricFamily(f"arriero_agent_worker_{name}", help_text, value=value)
+        downloads = CounterMetricFamily(
+            "arriero_agent_downloads", "Downloads by how they ended.", labels=["state"]
+        )
+        for ended, count in self._downloads.ended.items():
+            downloads.add_metric([str(ended)], count)
+        yield downloads
+        yield GaugeMetricFamily(
+            "arriero_agent_downloads_running", "Downloads that run now.", value=self._downloads.running
+        )
+
+
+class Downloads:
+    """Counts downloads from their changes."""
+
+    def __init__(self) -> None:
+        self.ended = dict.fromkeys(sorted(DOWNLOADS.final), 0)
+        self._open: set[str] = set()
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return len(self._open)
+
+    def changed(self, record: DownloadRecord) -> None:
+        """Take a change."""
+        if record.state not in self.ended:
+            self._open.add(record.download_id)
+        elif record.download_id in self._open:
+            self._open.discard(record.download_id)
+            self.ended[record.state] += 1

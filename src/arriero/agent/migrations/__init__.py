@@ -1,0 +1,1 @@
+"""The schema of the agent's database, as numbered forward migrations."""

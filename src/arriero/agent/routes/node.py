@@ -1,0 +1,55 @@
+"""Which routes tell of the machine itself?  Health, capabilities, events, metrics."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+import msgspec
+from litestar import Response, get
+from litestar.types import ASGIApp, ControllerRouterHandler
+
+from arriero.agent.events import Feed
+from arriero.agent.machine import Machine
+from arriero.agent.metrics import CONTENT_TYPE, AgentMetrics
+from arriero.contracts.records import Capabilities, Health
+from arriero.contracts.version import API_VERSION, __version__
+from arriero.runtime import sse
+from arriero.runtime.asgi import SseResponse
+
+
+def node_routes(
+    machine: Machine, feed: Feed, metrics: AgentMetrics, *, stop: asyncio.Event
+) -> list[ControllerRouterHandler]:
+    """Return the handlers; streams end when `stop` is set."""
+
+    @get("/v1/health")
+    async def health() -> Health:
+        return Health(
+            status="alive", version=__version__, api_version=API_VERSION, name=machine.node, pid=os.getpid()
+        )
+
+    @get("/v1/capabilities")
+    async def capabilities() -> Capabilities:
+        await machine.look_aside()
+        return machine.capabilities()
+
+    @get("/v1/events")
+    async def events() -> ASGIApp:
+        await machine.look_aside()
+        return cast("ASGIApp", SseResponse(_frames(feed), stop=stop))
+
+    @get("/metrics")
+    async def metrics_page() -> Response[bytes]:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return [health, capabilities, events, metrics_page]
+
+
+async def _frames(feed: Feed) -> AsyncGenerator[bytes, None]:
+    number = 0
+    async with aclosing(feed.read()) as events:
+        async for event in events:
+            number += 1
+            yield sse.encode(msgspec.json.encode(event), number)

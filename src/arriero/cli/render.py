@@ -1,0 +1,134 @@
+"""How does anything look that a command prints?  stdout has the answer alone; stderr the rest."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, TextIO
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorResponse
+
+LOG_LINES_SHOWN: Final = 10
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a person looks at `stream`."""
+    try:
+        return stream.isatty()
+    except ValueError:
+        return False
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Return whether `stream` may have colours: a terminal, and NO_COLOR is not set."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def out(text: str) -> None:
+    """Print a line of the answer, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a line that is not the answer; nothing if stderr is gone."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def data(value: Any) -> None:
+    """Print the answer as JSON: one line, or indented where a person looks."""
+    content = msgspec.json.encode(value)
+    if is_terminal(sys.stdout):
+        content = msgspec.json.format(content, indent=2)
+    out(content.decode())
+
+
+def error(failure: ArrieroError, *, as_json: bool = False) -> None:
+    """Tell a failure: on stderr in words, with advice; as JSON on stdout."""
+    if as_json:
+        data(ErrorResponse(failure.body()))
+        return
+    for line in error_lines(failure):
+        note(line)
+
+
+def error_lines(failure: ArrieroError) -> list[str]:
+    """Return a failure in words: what, the last lines of a log where there are some, what to do."""
+    first = f"error: {failure.code}: {failure.message}"
+    if has_colour(sys.stderr):
+        first = f"\x1b[31merror:\x1b[0m {failure.code}: {failure.message}"
+    lines = [first]
+    tail = failure.details.get("log_tail")
+    if isinstance(tail, list):
+        lines += [f"  | {line}" for line in tail[-LOG_LINES_SHOWN:]]
+    hint = failure.details.get("suggested_action") or failure.kind.what_to_do
+    return [*lines, f"  hint: {hint}"]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under their columns: a table for a person, plain columns for a program."""
+    if is_terminal(sys.stdout):
+        _rich_table(columns, rows)
+        return
+    for line in plain_table(columns, rows):
+        out(line)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: columns two blanks apart, an empty cell as `-`."""
+    cells = [[column.upper().replace(" ", "_") for column in columns]]
+    cells += [[cell.replace("\n", " ") or "-" for cell in row] for row in rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        shown.add_column(column)
+    for row in rows:
+        # As Text, so that no cell is read as markup.
+        shown.add_row(*(Text(cell or "-") for cell in row))
+    Console(file=sys.stdout, no_color=not has_colour(sys.stdout)).print(shown)
+
+
+def bytes_text(size: float) -> str:
+    """Return a number of bytes for people: `512 B`, `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def mib_text(size_mb: float) -> str:
+    """Return a number of MiB for people."""
+    return bytes_text(size_mb * 1024 * 1024)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a length of time for people: `0.4 s`, `42 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`."""
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"

@@ -1,0 +1,375 @@
+"""What can be asked of orchestrator, agent and worker?  The sync, typed client.
+
+Every call raises `ArrieroError`: the daemon's own code from its envelope, or one of the chosen
+`FailureCodes` where it cannot be reached, answers with nothing in time, or with no 2xx.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from arriero.client import stream as streams
+from arriero.client.connection import CALL_CODES, Exchange, FailureCodes, Limits, target_of
+from arriero.client.stream import EventStream, InferenceFrame
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
+from arriero.contracts.records import (
+    Capabilities,
+    DownloadList,
+    DownloadRecord,
+    Health,
+    ModelList,
+    ModelRecord,
+    NodeList,
+    NodeRecord,
+    TaskRecord,
+    WorkerHealth,
+    WorkerList,
+    WorkerReady,
+    WorkerRecord,
+)
+from arriero.contracts.requests import DownloadBody, InferenceBody, SpawnBody, TaskBody
+
+T = TypeVar("T")
+#: A stream that tells nothing, not even a comment (every 10 s), for so long is dead.
+STREAM_SILENCE_S: Final = 30.0
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+DEADLINE_HEADER: Final = "X-Request-Deadline"
+
+
+class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/download` of an agent: 202."""
+
+    download_id: str
+    progress_url: str
+
+
+class OpenAiModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the orchestrator's `GET /v1/models`."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = ""
+
+
+class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The orchestrator's `GET /v1/models`, in OpenAI's shape."""
+
+    data: list[OpenAiModel]
+    object: str = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class RawAnswer:
+    """An answer as it came, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class Caller:
+    """One daemon, called by JSON over HTTP.  Safe to use from several threads."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str = "",
+        *,
+        limits: Limits | None = None,
+        codes: FailureCodes = CALL_CODES,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.codes = codes
+        self.limits = limits or Limits(total_s=30.0)
+        self._target = target_of(url, token)
+
+    def call(
+        self, method: str, path: str, answer: type[T], *, body: object = None,
+        headers: Mapping[str, str] | None = None, timeout_s: float | None = None,
+        codes: FailureCodes | None = None,
+    ) -> T:  # fmt: skip
+        """Send a request and return its decoded answer.  Raises VERSION_MISMATCH if it is none of ours."""
+        with self._exchange(timeout_s, codes) as exchange:
+            exchange.send(method, path, body, headers)
+            exchange.raise_for_status()
+            content = exchange.read_all()
+        try:
+            return msgspec.json.decode(content, type=answer)
+        except msgspec.DecodeError as error:
+            raise ArrieroError(
+                ErrorCode.VERSION_MISMATCH, f"{method} {path} was answered with something else: {error}"
+            ) from error
+
+    def send(
+        self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None, codes: FailureCodes | None = None,
+    ) -> None:  # fmt: skip
+        """Send a request whose answer has no content of interest."""
+        with self._exchange(timeout_s, codes) as exchange:
+            exchange.send(method, path, body, headers)
+            exchange.raise_for_status()
+
+    def raw(
+        self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None, codes: FailureCodes | None = None,
+    ) -> RawAnswer:  # fmt: skip
+        """Send a request and return the answer whatever its status is."""
+        with self._exchange(timeout_s, codes) as exchange:
+            exchange.send(method, path, body, headers)
+            return RawAnswer(exchange.status, exchange.headers, exchange.read_all())
+
+    def stream(
+        self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
+        codes: FailureCodes = streams.SSE_CODES, connect_s: float | None = None,
+        silence_s: float = STREAM_SILENCE_S, total_s: float | None = None, head_s: float | None = None,
+        needs_done: bool = True,
+    ) -> EventStream:  # fmt: skip
+        """Open an event stream; see `EventStream`.  Use it in a `with`, so that it is closed."""
+        limits = replace(
+            self.limits,
+            connect_s=connect_s or self.limits.connect_s,
+            silence_s=silence_s,
+            total_s=total_s,
+            head_s=head_s,
+        )
+        return streams.open_stream(
+            self._target, method, path,
+            limits=limits, codes=codes, body=body, headers=headers, needs_done=needs_done,
+        )  # fmt: skip
+
+    def lines(self, path: str, *, codes: FailureCodes | None = None) -> Iterator[bytes]:
+        """Yield the pieces of a plain-text answer as they come, without a limit on silence."""
+        limits = replace(self.limits, silence_s=86_400.0, total_s=None)
+        with Exchange(self._target, limits=limits, codes=codes or self.codes) as exchange:
+            exchange.send("GET", path)
+            exchange.raise_for_status()
+            while chunk := exchange.read_some():
+                yield chunk
+
+    def _exchange(self, timeout_s: float | None, codes: FailureCodes | None) -> Exchange:
+        limits = self.limits
+        if timeout_s is not None:
+            limits = replace(limits, connect_s=min(limits.connect_s, timeout_s), total_s=timeout_s)
+        return Exchange(self._target, limits=limits, codes=codes or self.codes)
+
+
+class Orchestrator(Caller):
+    """The orchestrator's routes."""
+
+    def health(self, *, timeout_s: float | None = None) -> Health:
+        """Ask whether it lives."""
+        return self.call("GET", "/health", Health, timeout_s=timeout_s)
+
+    def workers(self) -> list[WorkerRecord]:
+        """Return the workers of the pool; their `url` is a route of the orchestrator."""
+        return self.call("GET", "/v1/workers", WorkerList).workers
+
+    def worker(self, worker_id: str) -> WorkerRecord:
+        """Return one worker.  Raises WORKER_NOT_FOUND."""
+        return self.call("GET", f"/v1/workers/{quote(worker_id, safe='')}", WorkerRecord)
+
+    def spawn(
+        self, body: SpawnBody, *, node: str | None = None, timeout_s: float | None = None
+    ) -> WorkerRecord:
+        """Start a worker on a node; it comes back `starting`."""
+        content = msgspec.to_builtins(body) | ({"node": node} if node else {})
+        return self.call("POST", "/v1/workers", WorkerRecord, body=content, timeout_s=timeout_s)
+
+    def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
+        """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
+        self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
+
+    def nodes(self) -> list[NodeRecord]:
+        """Return the machines of the pool."""
+        return self.call("GET", "/v1/nodes", NodeList).nodes
+
+    def downloads(self) -> list[DownloadRecord]:
+        """Return the downloads of the pool, running and ended."""
+        return self.call("GET", "/v1/downloads", DownloadList).downloads
+
+    def models(self) -> list[OpenAiModel]:
+        """Return the models that can be asked for at once."""
+        return self.call("GET", "/v1/models", OpenAiModelList).data
+
+    def start_task(self, body: TaskBody, *, headers: Mapping[str, str] | None = None) -> TaskRecord:
+        """Hand in a task to be collected later."""
+        return self.call("POST", "/v1/tasks", TaskRecord, body=_without_defaults(body), headers=headers)
+
+    def task(self, task_id: str) -> TaskRecord:
+        """Return a task.  Raises NOT_FOUND."""
+        return self.call("GET", f"/v1/tasks/{quote(task_id, safe='')}", TaskRecord)
+
+    def cancel_task(self, task_id: str, *, timeout_s: float | None = None) -> None:
+        """Cancel a task; nothing happens to one that is over."""
+        self.send("DELETE", f"/v1/tasks/{quote(task_id, safe='')}", timeout_s=timeout_s)
+
+    def run_task(
+        self, body: TaskBody, *, request_id: str = "", remaining_ms: float | None = None,
+        total_s: float | None = None, silence_s: float = STREAM_SILENCE_S,
+        codes: FailureCodes = streams.TASK_CODES,
+    ) -> EventStream:  # fmt: skip
+        """Run a task and return its events (decode them with `task_events`); closing cancels it.
+
+        `remaining_ms` goes out as the deadline; `total_s` is our own limit and should be larger.
+        """
+        headers = {REQUEST_ID_HEADER: request_id} if request_id else {}
+        if remaining_ms is not None:
+            headers[DEADLINE_HEADER] = f"{remaining_ms:.0f}"
+        return self.stream(
+            "POST", "/v1/tasks",
+            body=_without_defaults(body), headers=headers, codes=codes, silence_s=silence_s, total_s=total_s,
+        )  # fmt: skip
+
+    def worker_client(self, record: WorkerRecord, **options: Any) -> "Worker":
+        """Return a client of a worker, through the orchestrator."""
+        return Worker(record.url, self._target.token, **options)
+
+
+class Agent(Caller):
+    """The agent's routes."""
+
+    def health(self, *, timeout_s: float | None = None) -> Health:
+        """Ask whether it lives."""
+        return self.call("GET", "/v1/health", Health, timeout_s=timeout_s)
+
+    def capabilities(self) -> Capabilities:
+        """Return what the machine has."""
+        return self.call("GET", "/v1/capabilities", Capabilities)
+
+    def workers(self) -> list[WorkerRecord]:
+        """Return the machine's workers."""
+        return self.call("GET", "/v1/workers", WorkerList).workers
+
+    def worker(self, worker_id: str) -> WorkerRecord:
+        """Return one worker.  Raises WORKER_NOT_FOUND."""
+        return self.call("GET", f"/v1/workers/{quote(worker_id, safe='')}", WorkerRecord)
+
+    def spawn(self, body: SpawnBody, *, timeout_s: float | None = None) -> WorkerRecord:
+        """Start a worker; it comes back `starting`."""
+        return self.call("POST", "/v1/workers", WorkerRecord, body=body, timeout_s=timeout_s)
+
+    def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
+        """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
+        self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
+
+    def models(self) -> list[ModelRecord]:
+        """Return the machine's catalog."""
+        return self.call("GET", "/v1/models", ModelList).models
+
+    def remove_model(self, model_id: str) -> None:
+        """Remove a model from the catalog, and its files where they are ours."""
+        self.send("DELETE", f"/v1/models/{quote(model_id, safe='')}")
+
+    def verify_model(self, model_id: str, *, timeout_s: float | None = None) -> ModelRecord:
+        """Read a model's files again and compare.  Raises MODEL_CORRUPTED."""
+        path = f"/v1/models/{quote(model_id, safe='')}/verify"
+        return self.call("POST", path, ModelRecord, timeout_s=timeout_s)
+
+    def start_download(self, model_ref: str) -> DownloadStarted:
+        """Begin to fetch a model."""
+        return self.call(
+            "POST", "/v1/models/download", DownloadStarted, body=DownloadBody(model_ref=model_ref)
+        )
+
+    def download_progress(
+        self, download_id: str, *, codes: FailureCodes = streams.SSE_CODES, **limits: Any
+    ) -> EventStream:
+        """Follow a download (decode with `download_frames`)."""
+        path = "/v1/models/download/progress?" + urlencode({"download_id": download_id})
+        return self.stream("GET", path, codes=codes, **limits)
+
+    def worker_log(self, worker_id: str, *, follow: bool) -> Iterator[bytes]:
+        """Yield a worker's log as it comes."""
+        return self.lines(f"/v1/workers/{quote(worker_id, safe='')}/logs" + ("?follow=1" if follow else ""))
+
+
+class Worker(Caller):
+    """A worker's own routes, on loopback or through the orchestrator's proxy route."""
+
+    def health(self, *, timeout_s: float | None = None, codes: FailureCodes | None = None) -> WorkerHealth:
+        """Ask how it is."""
+        return self.call("GET", "/v1/health", WorkerHealth, timeout_s=timeout_s, codes=codes)
+
+    def ready(self, *, timeout_s: float | None = None, codes: FailureCodes | None = None) -> WorkerReady:
+        """Ask whether it takes requests."""
+        return self.call("GET", "/v1/ready", WorkerReady, timeout_s=timeout_s, codes=codes)
+
+    def progress(self, *, codes: FailureCodes = streams.PROGRESS_CODES, **limits: Any) -> EventStream:
+        """Follow its loading (decode with `loading_frames`)."""
+        return self.stream("GET", "/v1/progress", codes=codes, **limits)
+
+    def infer(self, body: InferenceBody, *, timeout_s: float | None = None) -> InferenceAnswer:
+        """Run a request and return the whole answer."""
+        return self.call(
+            "POST", "/v1/inference", InferenceAnswer, body=_without_defaults(body), timeout_s=timeout_s
+        )
+
+    def infer_stream(
+        self, body: InferenceBody, *, request_id: str = "", remaining_ms: float | None = None,
+        codes: FailureCodes = streams.TOKEN_CODES, **limits: Any,
+    ) -> EventStream:  # fmt: skip
+        """Run a request and return its frames (decode with `inference_frames`); closing cancels it."""
+        headers = {REQUEST_ID_HEADER: request_id} if request_id else {}
+        if remaining_ms is not None:
+            headers[DEADLINE_HEADER] = f"{remaining_ms:.0f}"
+        return self.stream(
+            "POST",
+            "/v1/inference/stream",
+            body=_without_defaults(body),
+            headers=headers,
+            codes=codes,
+            **limits,
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request by its id; also the second time."""
+        self.send("DELETE", f"/v1/inference/{quote(request_id, safe='')}")
+
+
+def task_events(stream: EventStream) -> Iterator[TaskEvent]:
+    """Yield the events of a task's stream; a failure is the event `TaskFailed`."""
+    for event in stream:
+        decoded = streams.task_event(event)
+        if decoded is not None:
+            yield decoded
+
+
+def inference_frames(stream: EventStream) -> Iterator[InferenceFrame]:
+    """Yield the frames of a worker's token stream.  Raises the error of an error event."""
+    for event in stream:
+        frame = streams.inference_frame(event)
+        if frame is not None:
+            yield frame
+
+
+def loading_frames(stream: EventStream) -> Iterator[LoadingFrame]:
+    """Yield the frames of a worker's loading.  Raises the error of an error event."""
+    for event in stream:
+        frame = streams.loading_frame(event)
+        if frame is not None:
+            yield frame
+
+
+def download_frames(stream: EventStream) -> Iterator[DownloadFrame]:
+    """Yield the frames of a download.  Raises the error of an error event."""
+    for event in stream:
+        frame = streams.download_frame(event)
+        if frame is not None:
+            yield frame
+
+
+def _without_defaults(body: InferenceBody) -> dict[str, Any]:
+    """Return only what was asked for: the server's defaults stay its own."""
+    given = msgspec.to_builtins(body)
+    return {
+        name: value for name, value in given.items() if value is not None and not _is_default(name, value)
+    }
+
+
+def _is_default(name: str, value: object) -> bool:
+    return (name == "ignore_eos" and value is False) or (name == "queue" and value is True)

@@ -1,0 +1,185 @@
+"""How does the orchestrator's process begin, live and end?"""
+
+import asyncio
+import os
+import signal
+import socket
+from typing import Final, cast
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.records import RunRecord
+from arriero.contracts.version import __version__
+from arriero.orchestrator.core import Orchestrator, assemble
+from arriero.orchestrator.routes.management import handlers
+from arriero.orchestrator.routes.streams import Front
+from arriero.orchestrator.store import TaskStore
+from arriero.runtime import daemon, logs, processes, state_dir
+from arriero.runtime.asgi import AsgiApp, Guard
+from arriero.runtime.clock import Clock, SystemClock
+from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.http import Http
+from arriero.runtime.litestar_app import make_app
+from arriero.runtime.serve import bind, serve, url_of
+from arriero.runtime.settings import Settings
+from arriero.runtime.state_dir import StateDir, run_identity
+
+ROLE: Final = "orchestrator"
+#: After the grace time streams are told to end; so long they have to say so to their clients.
+LAST_WORDS_S: Final = 2.0
+#: Beyond an agent's own grace time, for ending it.
+AGENT_EXTRA_S: Final = 15.0
+_IDLE_CHECKS: Final = 20
+
+
+def main(settings: Settings, *, is_background: bool = False, cascades: bool = False) -> int:
+    """Run the orchestrator until SIGTERM or SIGINT; return its exit code.
+
+    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
+    end it also ends the local agent, and with it the workers, and waits for them.
+    Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE, INVALID_SETTINGS before it serves.
+    """
+    logs.configure(level=settings.log_level, role=ROLE)
+    _check(settings)
+    folder = StateDir(settings.home_path())
+    folder.prepare()
+    with folder.lock(ROLE):
+        sock = bind(settings.orchestrator_host, settings.orchestrator_port)
+        try:
+            daemon.run(lambda stop: _run(settings, folder, sock, stop, is_background=is_background))
+        finally:
+            sock.close()
+            if cascades:
+                _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    try:
+        msgspec.json.decode(settings.engine_options, type=dict)
+    except msgspec.DecodeError as error:
+        raise ArrieroError(
+            ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}", problems=[str(error)]
+        ) from error
+
+
+async def _run(
+    settings: Settings, folder: StateDir, sock: socket.socket, stop: asyncio.Event, *, is_background: bool
+) -> None:
+    log = logs.get("arriero.orchestrator")
+    clock = SystemClock()
+    store = await TaskStore.open(folder.orchestrator_db)
+    if store.set_aside_as is not None:
+        log.error("the database was damaged and begins anew", set_aside_as=store.set_aside_as)
+    try:
+        async with (
+            Http(connect_timeout_s=settings.connect_timeout_s) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            orchestrator = assemble(
+                settings,
+                state_dir=folder,
+                http=http,
+                store=store,
+                group=group,
+                stop=stop,
+                clock=clock,
+                entropy=SystemEntropy(),
+            )
+            await _serve(orchestrator, folder, sock, group, is_background=is_background)
+            # Jobs that go on without anybody waiting end here, with their tasks.
+            raise _Ended
+    except* _Ended:
+        pass
+    finally:
+        folder.run_file(ROLE).unlink(missing_ok=True)
+        await store.close()
+    log.info("ended")
+
+
+class _Ended(Exception):
+    """Ends the daemon's task group and all that is left in it."""
+
+
+async def _serve(
+    o: Orchestrator, folder: StateDir, sock: socket.socket, group: asyncio.TaskGroup, *, is_background: bool
+) -> None:
+    settings = o.settings
+    url = url_of(sock)
+    o.registry.public_url = url
+
+    async def started() -> None:
+        state_dir.write(folder.run_file(ROLE), _run_record(url, folder))
+        logs.get("arriero.orchestrator").info("listening", url=url, pid=os.getpid())
+        await o.tasks.resume()
+
+    group.create_task(o.link.run(), name="agent-link")
+    group.create_task(_end_in_time(o, settings.stop_grace_s), name="end-in-time")
+    if is_background and settings.orchestrator_idle_s > 0:
+        group.create_task(_leave_when_idle(o, o.clock, settings.orchestrator_idle_s), name="leave-when-idle")
+    management = make_app(handlers(o), title="arriero orchestrator", openapi_path="/schema")
+    app = Front(o, cast(AsgiApp, management))
+    try:
+        await serve(
+            Guard(app, hosts=settings.hosts()),
+            sock,
+            stop=o.stop,
+            on_started=started,
+            grace_s=settings.stop_grace_s + LAST_WORDS_S,
+        )
+        await _drain_tasks(o)
+    finally:
+        o.upstreams.close()
+
+
+async def _end_in_time(o: Orchestrator, grace_s: float) -> None:
+    """After the grace time tell all streams that still run that it is over."""
+    await o.stop.wait()
+    o.tasks.stopping()
+    await o.clock.sleep_s(grace_s)
+    o.exchanges.abort_all(ArrieroError(ErrorCode.REQUEST_CANCELLED, "the orchestrator is stopping"))
+
+
+async def _drain_tasks(o: Orchestrator) -> None:
+    """Wait for tasks that nobody is connected to; `_end_in_time` ends them after the grace time."""
+    while len(o.tasks):
+        await o.clock.sleep_s(0.02)
+
+
+async def _leave_when_idle(o: Orchestrator, clock: Clock, idle_s: float) -> None:
+    last_work_s = clock.monotonic_s()
+    while True:
+        await clock.sleep_s(idle_s / _IDLE_CHECKS)
+        now_s = clock.monotonic_s()
+        if o.is_working:
+            last_work_s = now_s
+        elif now_s - max(last_work_s, o.exchanges.last_end_s) >= idle_s:
+            logs.get("arriero.orchestrator").info("leaving", idle_s=idle_s)
+            o.stop.set()
+            return
+
+
+def _run_record(url: str, folder: StateDir) -> RunRecord:
+    pid = os.getpid()
+    known = processes.identity(pid)
+    assert known is not None
+    return RunRecord(
+        pid=pid,
+        url=url,
+        version=__version__,
+        started=SystemClock().wall_s(),
+        pid_start_ticks=known.start_ticks,
+        boot_id=known.boot_id,
+        log_path=str(folder.log_file(ROLE)),
+    )
+
+
+def _end_agent(folder: StateDir, timeout_s: float) -> None:
+    """End the local agent, that very process, and wait for it."""
+    record = folder.running("agent")
+    if record is None:
+        return
+    known = run_identity(record)
+    if processes.signal_process(known, signal.SIGTERM):
+        processes.wait_gone(known, timeout_s)

@@ -1,0 +1,133 @@
+"""What are the orchestrator's parts, and how do they hang together?  (`Orchestrator`)"""
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.events import PoolSnapshot
+from arriero.domain.placement import NodeChoice, Wants, WorkerChoice
+from arriero.orchestrator.courier import Counters, Courier
+from arriero.orchestrator.exchange import Exchanges
+from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.links import AgentLink
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.provisioning import ModelProvisioner
+from arriero.orchestrator.proxy import Proxy
+from arriero.orchestrator.relay import Relay
+from arriero.orchestrator.scheduler import Scheduler
+from arriero.orchestrator.store import TaskStore
+from arriero.orchestrator.task_run import TaskRunner
+from arriero.orchestrator.tasks import TaskRegistry
+from arriero.orchestrator.upstream import Upstreams
+from arriero.runtime.asgi import BEAT_S
+from arriero.runtime.clock import Clock
+from arriero.runtime.entropy import Entropy
+from arriero.runtime.http import Http
+from arriero.runtime.settings import Settings
+from arriero.runtime.state_dir import StateDir
+
+
+@dataclass(frozen=True, slots=True)
+class Orchestrator:
+    """The parts, made by `assemble`."""
+
+    settings: Settings
+    clock: Clock
+    #: Set when the daemon is to end.
+    stop: asyncio.Event
+    feed: Feed
+    registry: NodeRegistry
+    link: AgentLink
+    upstreams: Upstreams
+    provisioner: ModelProvisioner
+    scheduler: Scheduler
+    exchanges: Exchanges
+    counters: Counters
+    relay: Relay
+    proxy: Proxy
+    tasks: TaskRegistry
+
+    @property
+    def is_working(self) -> bool:
+        """Whether any request, task or start of a worker is under way."""
+        return bool(len(self.exchanges) or len(self.tasks) or self.provisioner.jobs_running)
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return what the live feed begins with."""
+        registry = self.registry
+        return PoolSnapshot(
+            nodes=[node.record() for node in registry.nodes()],
+            workers=[registry.public(record) for record in registry.workers],
+            downloads=[download for _, download in registry.downloads()],
+            tasks=self.tasks.open_records(),
+        )
+
+    async def explain(self, wants: Wants) -> tuple[WorkerChoice, NodeChoice | None]:
+        """Return where a request would go: the worker, else the node for a new one."""
+        worker = self.scheduler.choose(wants)
+        return worker, None if worker.worker_id is not None else await self.provisioner.choose(wants)
+
+    async def choose_node(self, wants: Wants) -> Node:
+        """Return the node for something new.  Raises why there is none."""
+        choice = await self.provisioner.choose(wants)
+        if choice.code is not None:
+            fail(choice.code, choice.message)
+        return self.registry.reachable(choice.node or "")
+
+    def node_of_download(self, download_id: str) -> Node:
+        """Return the node that fetches, or fetched, a download.  Raises NOT_FOUND."""
+        for node, download in self.registry.downloads():
+            if download.download_id == download_id:
+                return node
+        fail(ErrorCode.NOT_FOUND, f"no download {download_id!r}", download_id=download_id)
+
+
+def assemble(
+    settings: Settings,
+    *,
+    state_dir: StateDir,
+    http: Http,
+    store: TaskStore,
+    group: asyncio.TaskGroup,
+    stop: asyncio.Event,
+    clock: Clock,
+    entropy: Entropy,
+) -> Orchestrator:
+    """Return an orchestrator whose parts know each other; nothing runs yet."""
+    feed = Feed()
+    registry = NodeRegistry(clock, feed)
+    link = AgentLink(registry, state_dir, http, clock, entropy, node_timeout_s=settings.node_timeout_s)
+    upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
+    courier = Courier(upstreams)
+    provisioner = ModelProvisioner(
+        registry,
+        group,
+        clock,
+        engine=settings.engine,
+        engine_options=msgspec.json.decode(settings.engine_options, type=dict),
+    )
+    scheduler = Scheduler(registry, provisioner, clock, beat_s=BEAT_S, join_s=settings.node_timeout_s)
+    exchanges = Exchanges(clock)
+    counters = Counters()
+    stall_s = settings.stream_stall_s
+    runner = TaskRunner(registry, scheduler, courier, counters, clock, stall_s=stall_s)
+    return Orchestrator(
+        settings=settings,
+        clock=clock,
+        stop=stop,
+        feed=feed,
+        registry=registry,
+        link=link,
+        upstreams=upstreams,
+        provisioner=provisioner,
+        scheduler=scheduler,
+        exchanges=exchanges,
+        counters=counters,
+        relay=Relay(scheduler, courier, exchanges, counters, clock, stall_s=stall_s),
+        proxy=Proxy(courier, exchanges, counters, stall_s=stall_s),
+        tasks=TaskRegistry(
+            store, runner, exchanges, feed, group, clock, entropy, default_model=settings.default_model
+        ),
+    )

@@ -1,0 +1,278 @@
+"""What does the orchestrator know of its nodes and their workers?  (`NodeRegistry`)
+
+All of it comes from the agents' event streams and is rebuilt from their snapshots: the
+orchestrator keeps nothing of it on disk.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import (
+    AgentBeat,
+    AgentEvent,
+    AgentSnapshot,
+    DownloadChanged,
+    NodeChanged,
+    PoolEvent,
+    PoolWorkerChanged,
+    WorkerChanged,
+)
+from arriero.contracts.records import (
+    Capabilities,
+    DownloadRecord,
+    NodeRecord,
+    WorkerExit,
+    WorkerRecord,
+)
+from arriero.contracts.states import NodeState, WorkerState
+from arriero.domain.node_states import NODES
+from arriero.domain.placement import NodeView, WorkerView
+from arriero.domain.worker_states import WORKERS
+from arriero.domain.workers import WorkerRegistry
+from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.upstream import Address
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.http import Peer
+from arriero.runtime.tasks import Changed
+
+#: So many workers that ended are remembered, so that a look-up still tells how.
+ENDED_MAX: Final = 100
+
+
+@dataclass(slots=True)
+class Node:
+    """One machine, as its agent tells."""
+
+    name: str
+    peer: Peer
+    #: The same agent, for what is relayed byte by byte.
+    address: Address
+    capabilities: Capabilities
+    state: NodeState = NodeState.JOINING
+    last_connected_unix: float = 0.0
+    downloads: dict[str, DownloadRecord] = field(default_factory=dict)
+
+    def record(self) -> NodeRecord:
+        """Return what the lists show."""
+        has = self.capabilities
+        return NodeRecord(
+            name=self.name,
+            status=self.state,
+            version=has.version,
+            backends=has.backends,
+            devices=has.devices,
+            ram_mb=has.ram_mb,
+            ram_free_mb=has.ram_free_mb,
+            disk_free_mb=has.disk_free_mb,
+            last_connected_unix=self.last_connected_unix,
+        )
+
+
+class NodeRegistry:
+    """Nodes, their workers and the workers' tokens; `changed` wakes whoever waits for any of it."""
+
+    def __init__(self, clock: Clock, feed: Feed) -> None:
+        self._clock = clock
+        self._feed = feed
+        self._log = logs.get("arriero.nodes")
+        self._nodes: dict[str, Node] = {}
+        self._tokens: dict[str, str] = {}
+        self._ended: OrderedDict[str, WorkerRecord] = OrderedDict()
+        self.workers = WorkerRegistry()
+        self.changed = Changed()
+        #: Address that workers' proxy routes are shown under; set once the port is known.
+        self.public_url = ""
+
+    # --- Reading -------------------------------------------------------------------------
+
+    def nodes(self) -> list[Node]:
+        """Return all nodes by name."""
+        return sorted(self._nodes.values(), key=lambda node: node.name)
+
+    def node(self, name: str) -> Node:
+        """Return a node.  Raises NODE_NOT_FOUND."""
+        node = self._nodes.get(name)
+        if node is None:
+            fail(ErrorCode.NODE_NOT_FOUND, f"no node is called {name!r}", node=name)
+        return node
+
+    def reachable(self, name: str) -> Node:
+        """Return a node that answers.  Raises NODE_NOT_FOUND, NODE_UNREACHABLE."""
+        node = self.node(name)
+        if node.state is not NodeState.READY:
+            fail(ErrorCode.NODE_UNREACHABLE, f"node {name} is {node.state}", node=name)
+        return node
+
+    def is_ready(self) -> bool:
+        """Return whether any node takes work."""
+        return any(node.state is NodeState.READY for node in self._nodes.values())
+
+    def worker(self, worker_id: str) -> WorkerRecord:
+        """Return a worker, also one that ended lately.  Raises WORKER_NOT_FOUND."""
+        return self._ended.get(worker_id) or self.workers.get(worker_id)
+
+    def ended(self) -> list[WorkerRecord]:
+        """Return the workers that ended lately, the last one last."""
+        return list(self._ended.values())
+
+    def address(self, worker: WorkerRecord) -> Address:
+        """Return where a live worker listens and what it demands.  Raises WORKER_NOT_FOUND."""
+        record = self.workers.get(worker.worker_id)
+        token = self._tokens.get(worker.worker_id)
+        if token is None or not record.url:
+            fail(
+                ErrorCode.NO_READY_WORKERS,
+                f"worker {record.worker_id} is {record.state}: its server does not answer yet",
+                worker_id=record.worker_id,
+                state=str(record.state),
+            )
+        return Address.of(record.url, token)
+
+    def public(self, record: WorkerRecord) -> WorkerRecord:
+        """Return a record as our answers show it: its address leads through us."""
+        return msgspec.structs.replace(
+            record, url=f"{self.public_url}/v1/workers/{record.worker_id}/proxy", data_address=None
+        )
+
+    def downloads(self) -> list[tuple[Node, DownloadRecord]]:
+        """Return all downloads with their nodes."""
+        return [(node, download) for node in self.nodes() for download in node.downloads.values()]
+
+    def worker_views(self, in_flight: dict[str, int]) -> list[WorkerView]:
+        """Return the workers as a choice sees them; `in_flight` counts what we sent them ourselves."""
+        return [self._worker_view(record, in_flight.get(record.worker_id, 0)) for record in self.workers]
+
+    def _worker_view(self, record: WorkerRecord, sent: int) -> WorkerView:
+        # The record lags behind what we sent just now: the worse of both counts.
+        total = record.slots_total
+        node = self._nodes.get(record.node)
+        return WorkerView(
+            worker_id=record.worker_id,
+            node=record.node,
+            model_ref=record.model_ref,
+            backend=record.backend,
+            device=record.device,
+            state=record.state,
+            slots_free=min(record.slots_available, total - sent),
+            queued=max(record.queued, sent - total, 0),
+            node_state=node.state if node is not None else NodeState.UNREACHABLE,
+            load_fraction=record.load_fraction,
+        )
+
+    def node_views(self, with_model: frozenset[str]) -> list[NodeView]:
+        """Return the nodes as a choice sees them; `with_model` names those that hold the model."""
+        return [
+            NodeView(
+                name=node.name,
+                state=node.state,
+                backends=tuple(node.capabilities.backends),
+                devices=tuple(node.capabilities.devices),
+                ram_free_mb=node.capabilities.ram_free_mb,
+                has_model=node.name in with_model,
+            )
+            for node in self.nodes()
+        ]
+
+    # --- What the agents tell ------------------------------------------------------------
+
+    def joined(self, snapshot: AgentSnapshot, peer: Peer, address: Address) -> Node:
+        """Take an agent's snapshot: its node is ready, and has these workers and no others."""
+        name = snapshot.capabilities.name
+        node = self._nodes.get(name)
+        if node is None:
+            node = Node(name, peer, address, snapshot.capabilities)
+            self._nodes[name] = node
+        elif node.state is NodeState.UNREACHABLE:
+            self._step(node, NodeState.JOINING)
+        node.peer = peer
+        node.address = address
+        node.capabilities = snapshot.capabilities
+        node.last_connected_unix = self._clock.wall_s()
+        node.downloads = {download.download_id: download for download in snapshot.downloads}
+        told = {record.worker_id for record in snapshot.workers}
+        for record in self.workers.select(node=name):
+            if record.worker_id not in told:
+                self._end_unseen(record)
+        for record in snapshot.workers:
+            self.observe(record, snapshot.worker_tokens.get(record.worker_id, ""))
+        if node.state is NodeState.JOINING:
+            self._step(node, NodeState.READY)
+        else:
+            self._tell(NodeChanged(node=node.record()))
+        return node
+
+    def heard(self, node: Node, event: AgentEvent) -> None:
+        """Take one event after the snapshot."""
+        if node.state is NodeState.UNREACHABLE:
+            # It spoke in the very moment in which it was given up.
+            self._step(node, NodeState.JOINING)
+            self._step(node, NodeState.READY)
+        if isinstance(event, WorkerChanged):
+            self.observe(event.worker, event.worker_token)
+        elif isinstance(event, DownloadChanged):
+            node.downloads[event.download.download_id] = event.download
+            self._tell(event)
+        elif isinstance(event, AgentBeat):
+            free = event.device_free_mb
+            node.capabilities = msgspec.structs.replace(
+                node.capabilities,
+                ram_free_mb=event.ram_free_mb,
+                disk_free_mb=event.disk_free_mb,
+                devices=[
+                    msgspec.structs.replace(device, memory_free_mb=free.get(device.id, device.memory_free_mb))
+                    for device in node.capabilities.devices
+                ],
+            )
+
+    def unreachable(self, node: Node, why: str) -> None:
+        """Know that a node does not answer; safe to call twice."""
+        if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
+            self._log.warning("node unreachable", node=node.name, why=why)
+            self._step(node, NodeState.UNREACHABLE)
+
+    def observe(self, record: WorkerRecord, token: str = "") -> None:
+        """Take what an agent says of one worker."""
+        if record.worker_id in self._ended:
+            return
+        if token:
+            self._tokens[record.worker_id] = token
+        before = self.workers.find(record.worker_id)
+        try:
+            self.workers.observe(record)
+        except ArrieroError as error:
+            # The agent is the truth: our view was older than we thought.
+            self._log.error("worker went where no arrow leads", worker_id=record.worker_id, why=error.message)
+            self.workers.remove(record.worker_id)
+            self.workers.register(record)
+        if record.state in WORKERS.final:
+            self.workers.remove(record.worker_id)
+            self._tokens.pop(record.worker_id, None)
+            self._ended[record.worker_id] = record
+            while len(self._ended) > ENDED_MAX:
+                self._ended.popitem(last=False)
+        if before is None or before.state is not record.state:
+            self._log.info(
+                "worker", worker_id=record.worker_id, node=record.node, state=str(record.state),
+                model_ref=record.model_ref,
+            )  # fmt: skip
+        if before != record:
+            self._tell(PoolWorkerChanged(worker=self.public(record)))
+
+    def _end_unseen(self, record: WorkerRecord) -> None:
+        ended = WorkerExit(code=ErrorCode.WORKER_LOST.value, message="its agent does not know it any more")
+        self.observe(msgspec.structs.replace(record, state=WorkerState.FAILED, exit=ended))
+
+    def _step(self, node: Node, state: NodeState) -> None:
+        NODES.check(node.state, state)
+        node.state = state
+        self._log.info("node", node=node.name, state=str(state))
+        self._tell(NodeChanged(node=node.record()))
+
+    def _tell(self, event: PoolEvent) -> None:
+        self._feed.tell(event)
+        self.changed.notify()

@@ -1,0 +1,301 @@
+"""How does a model that no worker has get one?  (`ModelProvisioner`)
+
+Choose a node, fetch the model if the node lacks it, start a worker.  Whoever asks for the same
+model meanwhile shares the one job; it goes on when they leave, so that the next one finds a model.
+"""
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from arriero.contracts import refs
+from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fail, from_body
+from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
+from arriero.contracts.records import ModelList, ModelRecord, WorkerRecord
+from arriero.contracts.requests import DownloadBody, SpawnBody
+from arriero.contracts.states import DownloadState
+from arriero.domain.placement import NodeChoice, Wants, choose_node
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.tasks import Changed
+
+CATALOG_TIMEOUT_S: Final = 5.0
+#: An agent checks the file and the memory before it answers a spawn.
+SPAWN_TIMEOUT_S: Final = 60.0
+#: A download tells its state each second at least; its own rules end one that brings nothing.
+DOWNLOAD_SILENCE_S: Final = 60.0
+TELL_EVERY_S: Final = 0.25
+MIB: Final = 1024 * 1024
+#: With these another node may still succeed.
+_TRY_ELSEWHERE: Final = frozenset(
+    {
+        ErrorCode.INSUFFICIENT_RAM,
+        ErrorCode.INSUFFICIENT_VRAM,
+        ErrorCode.INSUFFICIENT_DISK,
+        ErrorCode.NODE_UNREACHABLE,
+        ErrorCode.WORKER_START_FAILED,
+        ErrorCode.BACKEND_UNAVAILABLE,
+    }
+)
+
+Step: TypeAlias = TaskPlacing | TaskDownloading
+
+
+@dataclass(frozen=True, slots=True)
+class JobKey:
+    """What makes two jobs the same one."""
+
+    model_ref: str
+    node: str | None
+    backend: str | None
+    device: str | None
+
+
+class Job:
+    """One worker being made: followed by any number of requests."""
+
+    def __init__(self, wants: Wants) -> None:
+        self.wants = wants
+        #: Everything told so far; followers keep their own place in it.
+        self.steps: list[Step] = []
+        self.worker_id: str | None = None
+        self.error: ArrieroError | None = None
+        self.changed = Changed()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a worker or an error."""
+        return self.worker_id is not None or self.error is not None
+
+    def tell(self, step: Step) -> None:
+        """Add a step, wake the followers."""
+        self.steps.append(step)
+        self.changed.notify()
+
+    def ended(self, *, worker_id: str | None = None, error: ArrieroError | None = None) -> None:
+        """End the job."""
+        self.worker_id = worker_id
+        self.error = error
+        self.changed.notify()
+
+
+class ModelProvisioner:
+    """Starts workers; one job for each model, node, backend and device at a time."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        group: asyncio.TaskGroup,
+        clock: Clock,
+        *,
+        engine: str,
+        engine_options: dict[str, Any],
+    ) -> None:
+        self._registry = registry
+        self._group = group
+        self._clock = clock
+        self._engine = engine
+        self._engine_options = engine_options
+        self._jobs: dict[JobKey, Job] = {}
+        self._log = logs.get("arriero.provisioning")
+
+    @property
+    def jobs_running(self) -> int:
+        """How many workers are being made."""
+        return len(self._jobs)
+
+    def job(self, wants: Wants) -> Job:
+        """Return the running job for these wants; start it if there is none."""
+        key = JobKey(wants.model_ref, wants.node, wants.backend, wants.device)
+        job = self._jobs.get(key)
+        if job is None:
+            job = Job(replace(wants, excluded=frozenset()))
+            self._jobs[key] = job
+            self._group.create_task(self._run(key, job), name=f"provision-{wants.model_ref[:40]}")
+        return job
+
+    async def spawn(self, body: SpawnBody, node_name: str | None) -> WorkerRecord:
+        """Start a worker as somebody asked for it.
+
+        Raises what the agent answers; MODEL_NOT_FOUND if the node does not have the model.
+        """
+        refs.parse(body.model_ref)
+        wants = Wants(body.model_ref, node_name, body.backend, body.device)
+        choice = _checked(await self.choose(wants), wants)
+        return await self._spawn(self._registry.reachable(choice), body)
+
+    async def choose(self, wants: Wants) -> NodeChoice:
+        """Return which node would take a new worker now."""
+        with_model, model = await self._catalogs(wants.model_ref)
+        return self._choose(wants, with_model, model)
+
+    async def catalogs(self) -> list[tuple[Node, ModelRecord]]:
+        """Return the models of all nodes that answer."""
+        found: list[tuple[Node, ModelRecord]] = []
+
+        async def ask(node: Node) -> None:
+            try:
+                listed = await node.peer.call(
+                    "GET", "/v1/models", answer=ModelList, timeout_s=CATALOG_TIMEOUT_S
+                )
+            except ArrieroError as error:
+                self._log.warning("no catalog", node=node.name, code=str(error.code))
+                return
+            found.extend((node, model) for model in listed.models)
+
+        async with asyncio.TaskGroup() as group:
+            for node in self._registry.nodes():
+                if node.state == "ready":
+                    group.create_task(ask(node), name=f"catalog-{node.name}")
+        return sorted(found, key=lambda pair: (pair[0].name, pair[1].model_ref))
+
+    # --- A job ---------------------------------------------------------------------------
+
+    async def _run(self, key: JobKey, job: Job) -> None:
+        try:
+            record = await self._provision(job)
+            job.ended(worker_id=record.worker_id)
+        except ArrieroError as error:
+            self._log.warning("no worker", model_ref=key.model_ref, code=str(error.code), why=error.message)
+            job.ended(error=error)
+        except Exception:  # noqa: BLE001  The edge: whoever waits is told, the log has the traceback.
+            self._log.exception("provisioning failed", model_ref=key.model_ref)
+            job.ended(error=ArrieroError(ErrorCode.INTERNAL_ERROR))
+        finally:
+            if not job.is_over:
+                job.ended(error=ArrieroError(ErrorCode.REQUEST_CANCELLED, "the orchestrator is stopping"))
+            self._jobs.pop(key, None)
+
+    async def _provision(self, job: Job) -> WorkerRecord:
+        refused: dict[str, ArrieroError] = {}
+        while True:
+            with_model, model = await self._catalogs(job.wants.model_ref)
+            wants = replace(job.wants, excluded=frozenset(refused))
+            choice = self._choose(wants, with_model, model)
+            if choice.node is None and refused:
+                # What a node itself said tells more than that no node is left.
+                raise next(iter(refused.values()))
+            name = _checked(choice, wants)
+            job.tell(TaskPlacing(node=name, actor="orchestrator", message=choice.message))
+            node = self._registry.reachable(name)
+            try:
+                return await self._provision_on(node, job, has_model=name in with_model)
+            except ArrieroError as error:
+                others = len(self._registry.nodes()) - len(refused) - 1
+                if error.code not in _TRY_ELSEWHERE or others < 1:
+                    raise
+                refused[node.name] = error
+                message = f"{node.name} refused: {error.message}"
+                job.tell(TaskPlacing(node=node.name, actor="orchestrator", message=message))
+
+    async def _provision_on(self, node: Node, job: Job, *, has_model: bool) -> WorkerRecord:
+        wants = job.wants
+        body = SpawnBody(
+            model_ref=wants.model_ref,
+            backend=wants.backend,
+            device=wants.device,
+            engine=self._engine,
+            options=self._engine_options,
+        )
+        if not has_model and not _is_local(wants.model_ref):
+            await self._download(node, job)
+        try:
+            record = await self._spawn(node, body)
+        except ArrieroError as error:
+            # The catalog knew it, the disk did not: fetch it again, once.
+            if error.code is not ErrorCode.MODEL_NOT_FOUND or not has_model or _is_local(wants.model_ref):
+                raise
+            await self._download(node, job)
+            record = await self._spawn(node, body)
+        message = f"starts {record.worker_id} for {wants.model_ref}"
+        job.tell(TaskPlacing(node=node.name, worker_id=record.worker_id, actor=node.name, message=message))
+        return record
+
+    async def _spawn(self, node: Node, body: SpawnBody) -> WorkerRecord:
+        record = await node.peer.call(
+            "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
+        )
+        # Its event may have been quicker than this answer: then we know more already.
+        if self._registry.workers.find(record.worker_id) is None:
+            self._registry.observe(record)
+        return record
+
+    async def _download(self, node: Node, job: Job) -> None:
+        """Fetch the model onto `node`.  Raises the download's error."""
+        model_ref = job.wants.model_ref
+        started = await node.peer.call(
+            "POST", "/v1/models/download", body=DownloadBody(model_ref=model_ref), answer=DownloadStarted
+        )
+        path = f"/v1/models/download/progress?download_id={started.download_id}"
+        told_s = -TELL_EVERY_S
+        events = node.peer.events(path, silence_s=DOWNLOAD_SILENCE_S)
+        try:
+            async for event in events:
+                if event.comment is not None or event.is_done or not event.data:
+                    continue
+                if event.event == "error":
+                    raise from_body(msgspec.json.decode(event.data, type=ErrorResponse).error)
+                frame = msgspec.json.decode(event.data, type=DownloadFrame)
+                now_s = self._clock.monotonic_s()
+                if frame.stage is DownloadState.COMPLETE:
+                    job.tell(_downloading(node, model_ref, frame))
+                    return
+                if frame.stage in (DownloadState.FAILED, DownloadState.CANCELLED):
+                    fail(ErrorCode.DOWNLOAD_FAILED, f"the download of {model_ref} was {frame.stage}")
+                if now_s - told_s >= TELL_EVERY_S:
+                    told_s = now_s
+                    job.tell(_downloading(node, model_ref, frame))
+        except msgspec.DecodeError as error:
+            raise ArrieroError(ErrorCode.VERSION_MISMATCH, "a download told what is none of ours") from error
+        finally:
+            await events.aclose()
+        fail(ErrorCode.DOWNLOAD_FAILED, f"{node.name} stopped telling of the download of {model_ref}")
+
+    def _choose(self, wants: Wants, with_model: frozenset[str], model: ModelRecord | None) -> NodeChoice:
+        needed_mb = None if model is None else -(-model.size_bytes // MIB)
+        return choose_node(self._registry.node_views(with_model), wants, needed_mb)
+
+    async def _catalogs(self, model_ref: str) -> tuple[frozenset[str], ModelRecord | None]:
+        found = [(node, model) for node, model in await self.catalogs() if model.model_ref == model_ref]
+        return frozenset(node.name for node, _ in found), found[0][1] if found else None
+
+
+class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/download` of an agent: 202."""
+
+    download_id: str
+    progress_url: str = ""
+
+
+def _checked(choice: NodeChoice, wants: Wants) -> str:
+    """Return the chosen node's name.  Raises why there is none."""
+    if choice.node is None:
+        refusals = {refusal.candidate: refusal.why for refusal in choice.refused}
+        code = choice.code or ErrorCode.NO_CAPACITY
+        fail(code, choice.message, model_ref=wants.model_ref, refused=refusals)
+    return choice.node
+
+
+def _is_local(model_ref: str) -> bool:
+    """Return whether an agent has the model without fetching it."""
+    return isinstance(refs.parse(model_ref), refs.DemoRef | refs.FileRef)
+
+
+def _downloading(node: Node, model_ref: str, frame: DownloadFrame) -> TaskDownloading:
+    if frame.stage is DownloadState.VERIFYING:
+        message = f"checks {model_ref}"
+    elif frame.retry_reason is not None:
+        message = f"fetches {model_ref}: {frame.retry_reason}, tries again (attempt {frame.attempt + 1})"
+    else:
+        message = f"fetches {model_ref}"
+    return TaskDownloading(
+        bytes_downloaded=frame.bytes_downloaded,
+        bytes_total=frame.bytes_total,
+        speed_mbps=frame.speed_mbps,
+        eta_s=frame.eta_s,
+        actor=node.name,
+        message=message,
+    )

@@ -1,0 +1,276 @@
+"""Which questions of management does the orchestrator answer?"""
+
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+import msgspec
+from litestar import Request, Response, delete, get, post
+from litestar.types import ControllerRouterHandler
+
+from arriero.contracts import refs
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.records import (
+    DownloadList,
+    DownloadRecord,
+    Health,
+    ModelRecord,
+    NodeList,
+    NodeRecord,
+    TaskRecord,
+    WorkerList,
+    WorkerRecord,
+)
+from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
+from arriero.contracts.version import API_VERSION, __version__
+from arriero.domain.placement import Wants
+from arriero.orchestrator import metrics
+from arriero.orchestrator.core import Orchestrator
+from arriero.orchestrator.provisioning import DownloadStarted
+from arriero.orchestrator.routes.streams import decode_strictly
+
+Asked: TypeAlias = Request[Any, Any, Any]
+
+
+class SpawnOnNode(SpawnBody, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`POST /v1/workers` of the orchestrator: the agent's body, and where."""
+
+    node: str | None = None
+
+
+class OpenAiModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of OpenAI's list of models."""
+
+    id: str
+    created: int
+    object: str = "model"
+    owned_by: str = "arriero"
+
+
+class OpenAiModels(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's list of models."""
+
+    data: list[OpenAiModel]
+    object: str = "list"
+
+
+class DownloadAccepted(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/downloads`: 202."""
+
+    download_id: str
+    progress_url: str
+    node: str
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that was not taken, and why."""
+
+    candidate: str
+    code: str
+    why: str
+
+
+class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/placements:explain`: what would happen to a request now; nothing is done."""
+
+    #: The worker that would take it; None: a new one is needed.
+    worker_id: str | None
+    #: The node that would take a new worker; None: there is a worker, or no node can.
+    node: str | None
+    code: str | None
+    message: str
+    refused_workers: list[Refused]
+    refused_nodes: list[Refused]
+
+
+def handlers(o: Orchestrator) -> list[ControllerRouterHandler]:
+    """Return the routes of management."""
+    return [*_health_routes(o), *_node_routes(o), *_worker_routes(o), *_download_routes(o),
+            *_model_routes(o), *_task_routes(o)]  # fmt: skip
+
+
+def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/health")
+    async def health() -> Health:
+        """Say that it lives."""
+        import os
+
+        return Health(status="alive", version=__version__, api_version=API_VERSION, pid=os.getpid())
+
+    @get("/ready")
+    async def ready() -> dict[str, Any]:
+        """Say whether any node takes work; 503 if none does."""
+        nodes = {node.name: str(node.state) for node in o.registry.nodes()}
+        if not o.registry.is_ready():
+            fail(ErrorCode.NODE_UNREACHABLE, "no node is ready: is an agent running?", nodes=nodes)
+        return {"ready": True, "nodes": nodes}
+
+    @get("/metrics", media_type="text/plain; version=0.0.4")
+    async def scrape() -> bytes:
+        """Return the counters in Prometheus' text form."""
+        return metrics.exposition(o)
+
+    return [health, ready, scrape]
+
+
+def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/v1/nodes")
+    async def list_nodes() -> NodeList:
+        """Return the machines of the pool."""
+        return NodeList([node.record() for node in o.registry.nodes()])
+
+    @get("/v1/nodes/{name:str}")
+    async def get_node(name: str) -> NodeRecord:
+        """Return one machine."""
+        return o.registry.node(name).record()
+
+    @post("/v1/placements:explain", status_code=200)
+    async def explain(request: Asked) -> PlacementExplained:
+        """Say where a request would go now, and why nowhere else."""
+        body: TaskBody = decode_strictly(await request.body(), TaskBody)
+        model = body.model or o.settings.default_model
+        refs.parse(model)
+        worker, node = await o.explain(Wants(model, body.node, body.backend, body.device))
+        return PlacementExplained(
+            worker_id=worker.worker_id,
+            node=node.node if node is not None else None,
+            code=node.code.value if node is not None and node.code is not None else None,
+            message=worker.message if node is None else f"{worker.message}; {node.message}",
+            refused_workers=[
+                Refused(candidate=r.candidate, code=r.code.value, why=r.why) for r in worker.refused
+            ],
+            refused_nodes=[
+                Refused(candidate=r.candidate, code=r.code.value, why=r.why)
+                for r in (node.refused if node is not None else ())
+            ],
+        )
+
+    return [list_nodes, get_node, explain]
+
+
+def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/v1/workers")
+    async def list_workers(model_ref: str | None = None, node: str | None = None, all: int = 0) -> WorkerList:  # noqa: A002
+        """Return the live workers; with `all=1` also those that ended lately."""
+        live = o.registry.workers.select(model_ref=model_ref, node=node)
+        ended = [
+            record
+            for record in (o.registry.ended() if all else [])
+            if model_ref in (None, record.model_ref) and node in (None, record.node)
+        ]
+        return WorkerList([o.registry.public(record) for record in [*ended, *live]])
+
+    @post("/v1/workers", status_code=202)
+    async def spawn(request: Asked, node: str | None = None) -> WorkerRecord:
+        """Start a worker; it comes back `starting`."""
+        asked: SpawnOnNode = decode_strictly(await request.body(), SpawnOnNode)
+        given = msgspec.to_builtins(asked)
+        on_node = node or given.pop("node", None)
+        given.pop("node", None)
+        record = await o.provisioner.spawn(msgspec.convert(given, SpawnBody), on_node)
+        return o.registry.public(record)
+
+    @get("/v1/workers/{worker_id:str}")
+    async def get_worker(worker_id: str) -> WorkerRecord:
+        """Return one worker, also one that ended lately."""
+        return o.registry.public(o.registry.worker(worker_id))
+
+    @delete("/v1/workers/{worker_id:str}", status_code=202)
+    async def stop_worker(worker_id: str, force: bool = False) -> Response[WorkerRecord | None]:
+        """Begin to stop a worker, gracefully unless `force`; 204 for one that ended."""
+        record = o.registry.worker(worker_id)
+        if record.worker_id not in o.registry.workers:
+            return Response(None, status_code=204)
+        node = o.registry.reachable(record.node)
+        path = f"/v1/workers/{worker_id}" + ("?force=true" if force else "")
+        await node.peer.call("DELETE", path)
+        return Response(o.registry.public(record), status_code=202)
+
+    return [list_workers, spawn, get_worker, stop_worker]
+
+
+def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/v1/downloads")
+    async def list_downloads() -> DownloadList:
+        """Return the downloads of the pool."""
+        return DownloadList([download for _, download in o.registry.downloads()])
+
+    @post("/v1/downloads", status_code=202)
+    async def start_download(request: Asked) -> DownloadAccepted:
+        """Begin to fetch a model onto a node."""
+        body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
+        refs.parse(body.model_ref)
+        node = await o.choose_node(Wants(body.model_ref, body.node))
+        started = await node.peer.call(
+            "POST", "/v1/models/download", body=DownloadBody(model_ref=body.model_ref), answer=DownloadStarted
+        )
+        return DownloadAccepted(
+            download_id=started.download_id,
+            progress_url=f"/v1/downloads/progress?download_id={started.download_id}",
+            node=node.name,
+        )
+
+    @get("/v1/downloads/{download_id:str}")
+    async def get_download(download_id: str) -> DownloadRecord:
+        """Return one download."""
+        return o.node_of_download(download_id).downloads[download_id]
+
+    @delete("/v1/downloads/{download_id:str}", status_code=204)
+    async def cancel_download(download_id: str) -> None:
+        """Cancel a download."""
+        node = o.registry.reachable(o.node_of_download(download_id).name)
+        await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
+
+    return [list_downloads, start_download, get_download, cancel_download]
+
+
+def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/v1/models")
+    async def list_models() -> OpenAiModels:
+        """Return the models that can be asked for without a download, in OpenAI's shape."""
+        return OpenAiModels(data=list((await _models(o)).values()))
+
+    @get("/v1/models/{model:path}")
+    async def get_model(request: Asked, model: str) -> OpenAiModel:
+        """Return one model."""
+        # The framework folds `//` into `/`: the reference is in the path as it came.
+        raw: bytes = request.scope.get("raw_path") or model.encode()
+        name = unquote(raw.decode("latin-1").partition("?")[0].removeprefix("/v1/models/"))
+        found = (await _models(o)).get(name)
+        if found is None:
+            raise ArrieroError(
+                ErrorCode.MODEL_NOT_FOUND, f"no model {name[:200]!r}", param="model", model=name[:200]
+            )
+        return found
+
+    return [list_models, get_model]
+
+
+async def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
+    catalogs: list[ModelRecord] = [model for _, model in await o.provisioner.catalogs()]
+    found = {"demo": OpenAiModel(id="demo", created=0)}
+    for record in o.registry.workers:
+        found[record.model_ref] = OpenAiModel(id=record.model_ref, created=int(record.started_unix))
+    for model in catalogs:
+        found[model.model_ref] = OpenAiModel(id=model.model_ref, created=int(model.added_unix))
+    return dict(sorted(found.items()))
+
+
+def _task_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
+    @get("/v1/tasks/{task_id:str}")
+    async def get_task(task_id: str) -> TaskRecord:
+        """Return a task with its text so far."""
+        return await o.tasks.record(task_id)
+
+    @delete("/v1/tasks/{task_id:str}", status_code=204)
+    async def cancel_task(task_id: str) -> None:
+        """Cancel a task; nothing happens to one that is over."""
+        await o.tasks.cancel(task_id)
+
+    @get("/openapi.json")
+    async def openapi(request: Asked) -> Response[bytes]:
+        """Return the description of all routes."""
+        from arriero.orchestrator.routes.schema import document
+
+        return Response(document(request.app), media_type="application/json")
+
+    return [get_task, cancel_task, openapi]

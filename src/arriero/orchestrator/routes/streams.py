@@ -1,0 +1,165 @@
+"""Which requests are answered below the framework, byte by byte or event by event?
+
+The OpenAI routes, task events, the live feed, and what is passed on to workers and agents.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qs, quote, urlencode
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.requests import TaskBody
+from arriero.orchestrator.core import Orchestrator
+from arriero.orchestrator.exchange import header, read_body, remaining_ms, request_id
+from arriero.orchestrator.task import Task, events_after, frames
+from arriero.orchestrator.upstream import Address
+from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, send_error
+
+Handler: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+_RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+
+class Front:
+    """The orchestrator's application: streams here, everything else by `management`."""
+
+    def __init__(self, orchestrator: Orchestrator, management: AsgiApp) -> None:
+        self._o = orchestrator
+        self._management = management
+        self._exact: dict[tuple[str, str], Handler] = {
+            ("POST", path): orchestrator.relay for path in _RELAYED
+        }
+        self._exact["POST", "/v1/tasks"] = self._post_task
+        self._exact["GET", "/v1/events"] = self._feed
+        self._exact["GET", "/v1/downloads/progress"] = self._download_progress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._management(scope, receive, send)
+            return
+        handler = self._exact.get((scope["method"], scope["path"])) or self._by_shape(scope)
+        try:
+            await handler(scope, receive, send)
+        except ArrieroError as error:
+            # Handlers raise before their first byte alone: afterwards the stream tells.
+            await send_error(send, error, path=scope["path"])
+
+    def _by_shape(self, scope: Scope) -> Handler:
+        parts = scope["path"].split("/", 5)
+        if len(parts) >= 5 and parts[1] == "v1":
+            what, kind = parts[2], parts[4]
+            if what == "workers" and kind == "proxy":
+                return self._proxy
+            if scope["method"] == "GET":
+                if what == "workers" and kind == "logs" and len(parts) == 5:
+                    return self._worker_logs
+                if what == "tasks" and kind == "events" and len(parts) == 5:
+                    return self._task_events
+                if what == "downloads" and kind == "progress" and len(parts) == 5:
+                    return self._download_progress
+        return self._management
+
+    # --- Tasks ---------------------------------------------------------------------------
+
+    async def _post_task(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = decode_strictly(await read_body(receive), TaskBody)
+        is_owned = "text/event-stream" in header(scope, b"accept")
+        task = await self._o.tasks.accept(
+            body,
+            request_id=request_id(scope),
+            remaining_ms=remaining_ms(scope, body.timeout),
+            is_owned=is_owned,
+            key=header(scope, b"idempotency-key"),
+        )
+        record = task.shown() if isinstance(task, Task) else task
+        location = (b"location", f"/v1/tasks/{record.task_id}".encode())
+        if not is_owned:
+            await send_json(send, 202, record, location)
+            return
+        if not isinstance(task, Task):
+            task = await self._o.tasks.with_events(record.task_id)
+        is_owner = task.is_owned and task.request_id == request_id(scope)
+        await SseResponse(frames(task, after=0, is_owner=is_owner), headers=[location])(scope, receive, send)
+
+    async def _task_events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = await self._o.tasks.with_events(scope["path"].split("/")[3])
+        after = events_after(task, header(scope, b"last-event-id"))
+        await SseResponse(frames(task, after=after, is_owner=False))(scope, receive, send)
+
+    async def _feed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = self._o.feed.listen(self._o.snapshot)
+        await SseResponse(stream, stop=self._o.stop)(scope, receive, send)
+
+    # --- Passing on ----------------------------------------------------------------------
+
+    async def _proxy(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts = scope["path"].split("/", 5)
+        record = self._o.registry.workers.get(parts[3])
+        rest = quote(parts[5] if len(parts) > 5 else "", safe="/:@!$&'()*+,;=~-._")
+        await self._o.proxy(
+            scope,
+            receive,
+            send,
+            address=self._o.registry.address(record),
+            target=f"/{rest}{_query(scope)}",
+            added=[
+                (b"x-arriero-node", record.node.encode()),
+                (b"x-arriero-worker", record.worker_id.encode()),
+            ],
+        )
+
+    async def _worker_logs(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = self._o.registry.worker(scope["path"].split("/")[3])
+        target = f"/v1/workers/{record.worker_id}/logs{_query(scope)}"
+        await self._to_agent(scope, receive, send, record.node, target)
+
+    async def _download_progress(self, scope: Scope, receive: Receive, send: Send) -> None:
+        download_id = self._download_id(scope)
+        node = self._o.node_of_download(download_id)
+        target = "/v1/models/download/progress?" + urlencode({"download_id": download_id})
+        await self._to_agent(scope, receive, send, node.name, target)
+
+    def _download_id(self, scope: Scope) -> str:
+        parts: list[str] = scope["path"].split("/")
+        if len(parts) == 5:
+            return parts[3]
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("download_id", [])
+        if len(given) != 1:
+            fail(ErrorCode.INVALID_REQUEST, "download_id: one is required", param="download_id")
+        return str(given[0])
+
+    async def _to_agent(self, scope: Scope, receive: Receive, send: Send, node: str, target: str) -> None:
+        address: Address = self._o.registry.reachable(node).address
+        added = [(b"x-arriero-node", node.encode())]
+        await self._o.proxy(scope, receive, send, address=address, target=target, added=added)
+
+
+def _query(scope: Scope) -> str:
+    query = scope.get("query_string", b"").decode("latin-1")
+    return f"?{query}" if query else ""
+
+
+def decode_strictly(content: bytes, kind: type[Any]) -> Any:
+    """Return a JSON body as `kind`.  Raises INVALID_REQUEST with the field and the reason."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, where = str(error).partition(" - at ")
+        field = where.strip("`$.") or None
+        if field is None and "`" in reason:
+            # Unknown and missing fields are named in the text alone.
+            field = reason.split("`")[1]
+        raise ArrieroError(ErrorCode.INVALID_REQUEST, str(error)[:500], param=field, reason=reason) from error
+    except msgspec.DecodeError as error:
+        raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error
+
+
+async def send_json(send: Send, status: int, value: object, *headers: tuple[bytes, bytes]) -> None:
+    """Answer with a JSON document."""
+    body = msgspec.json.encode(value)
+    length = (b"content-length", str(len(body)).encode())
+    all_headers = [(b"content-type", b"application/json"), length, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body})

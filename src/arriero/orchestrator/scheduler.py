@@ -1,0 +1,231 @@
+"""Which worker computes a request, and what does the person hear while there is none yet?"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Final, TypeAlias
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import TaskDownloading, TaskLoading, TaskPlacing
+from arriero.contracts.records import WorkerExit, WorkerRecord
+from arriero.contracts.states import NodeState, WorkerState
+from arriero.domain.placement import Wants, WorkerChoice, choose_worker
+from arriero.domain.worker_states import READY, WORKERS
+from arriero.orchestrator.nodes import NodeRegistry
+from arriero.orchestrator.provisioning import Job, ModelProvisioner
+from arriero.orchestrator.upstream import Address
+from arriero.runtime.clock import Clock
+
+#: Between two steps of loading that are told.
+TELL_EVERY_S: Final = 0.1
+#: Workers that end while somebody waits for them, before the wait is given up.
+CHOICES_MAX: Final = 20
+#: After a stream broke: so long the agent has to tell how its worker ended.
+EXIT_NEWS_S: Final = 2.0
+
+Waiting: TypeAlias = TaskPlacing | TaskDownloading | TaskLoading
+#: Hears each step; None: still waiting, nothing new for a while.
+Say: TypeAlias = Callable[[Waiting | None], Awaitable[None]]
+
+
+class Lease:
+    """A worker that takes one request; counted as busy until the lease ends."""
+
+    def __init__(self, in_flight: dict[str, int], record: WorkerRecord, address: Address, why: str) -> None:
+        self._in_flight = in_flight
+        self.worker_id = record.worker_id
+        self.node = record.node
+        self.address = address
+        #: Why this one was chosen.
+        self.why = why
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        left = self._in_flight[self.worker_id] - 1
+        if left:
+            self._in_flight[self.worker_id] = left
+        else:
+            del self._in_flight[self.worker_id]
+
+
+class Scheduler:
+    """Chooses workers, and waits for those that are being made."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        provisioner: ModelProvisioner,
+        clock: Clock,
+        *,
+        beat_s: float,
+        join_s: float,
+    ) -> None:
+        self._registry = registry
+        self._provisioner = provisioner
+        self._clock = clock
+        self._beat_s = beat_s
+        # So long after our own start the agent may not have been found yet.
+        self._join_until_s = clock.monotonic_s() + join_s
+        self._in_flight: dict[str, int] = {}
+
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests are with workers now."""
+        return sum(self._in_flight.values())
+
+    def choose(self, wants: Wants) -> WorkerChoice:
+        """Return which worker would take a request now."""
+        return choose_worker(self._registry.worker_views(self._in_flight), wants)
+
+    def try_lease(self, wants: Wants) -> Lease | None:
+        """Return a lease on a worker that is ready; None if there is none at this moment."""
+        choice = self.choose(wants)
+        if choice.worker_id is None or not choice.is_ready:
+            return None
+        record = self._registry.workers.get(choice.worker_id)
+        address = self._registry.address(record)
+        self._in_flight[record.worker_id] = self._in_flight.get(record.worker_id, 0) + 1
+        return Lease(self._in_flight, record, address, choice.message)
+
+    async def lease(self, wants: Wants, say: Say) -> Lease:
+        """Return a lease on a worker, as long as it takes to make one; `say` hears each step.
+
+        Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
+        worker's own error…
+        """
+        await self._joined()
+        for _ in range(CHOICES_MAX):
+            lease = self.try_lease(wants)
+            if lease is not None:
+                return lease
+            choice = self.choose(wants)
+            worker_id = choice.worker_id
+            await say(TaskPlacing(worker_id=worker_id, actor="orchestrator", message=choice.message))
+            if worker_id is None:
+                worker_id = await self._follow_job(self._provisioner.job(wants), say)
+            await self._follow_loading(worker_id, say)
+        fail(
+            ErrorCode.NO_CAPACITY,
+            f"no worker for {wants.model_ref} stayed: {CHOICES_MAX} were waited for",
+            model_ref=wants.model_ref,
+        )
+
+    async def lost(self, lease: Lease, why: str) -> ArrieroError:
+        """Return the error of a worker that broke off, with how it ended once its agent has told."""
+        deadline_s = self._clock.monotonic_s() + EXIT_NEWS_S
+        while self._registry.workers.find(lease.worker_id) is not None:
+            left_s = deadline_s - self._clock.monotonic_s()
+            if left_s <= 0 or not await self._changed(left_s):
+                break
+        try:
+            ended = self._registry.worker(lease.worker_id)
+        except ArrieroError:
+            ended = None
+        exit_ = ended.exit if ended is not None else None
+        if exit_ is not None and exit_.code == ErrorCode.OUT_OF_MEMORY:
+            return _exit_error(lease.worker_id, lease.node, exit_)
+        shown = _exit_details(exit_) if exit_ is not None else {}
+        how = f": {exit_.message}" if exit_ is not None and exit_.message else f" ({why})"
+        return ArrieroError(
+            ErrorCode.WORKER_LOST,
+            f"worker {lease.worker_id} on {lease.node} broke off{how}",
+            worker_id=lease.worker_id,
+            node=lease.node,
+            **shown,
+        )
+
+    # --- Waiting -------------------------------------------------------------------------
+
+    async def _joined(self) -> None:
+        """Right after our start, wait for the first node."""
+        while not self._registry.is_ready():
+            left_s = self._join_until_s - self._clock.monotonic_s()
+            if left_s <= 0 or not await self._changed(left_s):
+                return
+
+    async def _follow_job(self, job: Job, say: Say) -> str:
+        told = 0
+        while True:
+            while told < len(job.steps):
+                step = job.steps[told]
+                told += 1
+                await say(step)
+            if job.error is not None:
+                raise _again(job.error)
+            if job.worker_id is not None:
+                return job.worker_id
+            try:
+                async with asyncio.timeout(self._beat_s):
+                    await job.changed.wait()
+            except TimeoutError:
+                await say(None)
+
+    async def _follow_loading(self, worker_id: str, say: Say) -> None:
+        """Wait until a worker is ready, or its node is gone.  Raises how it ended if it does."""
+        told = -1.0
+        told_s = 0.0
+        while True:
+            record = self._registry.worker(worker_id)
+            if record.state in WORKERS.final:
+                raise _exit_error(worker_id, record.node, record.exit or WorkerExit())
+            node = self._registry.node(record.node)
+            if record.state in READY or node.state is not NodeState.READY:
+                return
+            if record.state is WorkerState.DRAINING:
+                return
+            now_s = self._clock.monotonic_s()
+            if record.state is WorkerState.LOADING and record.load_fraction > told:
+                if now_s - told_s >= TELL_EVERY_S:
+                    told, told_s = record.load_fraction, now_s
+                    await say(_loading(record))
+                    continue
+                await self._changed(TELL_EVERY_S)
+            elif not await self._changed(self._beat_s):
+                await say(None)
+
+    async def _changed(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._registry.changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def _loading(record: WorkerRecord) -> TaskLoading:
+    percent = round(record.load_fraction * 100)
+    return TaskLoading(
+        fraction=record.load_fraction,
+        actor=record.node,
+        message=f"{record.worker_id} loads {record.model_ref}: {percent} %",
+    )
+
+
+def _again(error: ArrieroError) -> ArrieroError:
+    # One job's error goes to several requests: each raises its own, with its own traceback.
+    same = ArrieroError(error.code, error.message)
+    same.details = dict(error.details)
+    return same
+
+
+def _exit_error(worker_id: str, node: str, ended: WorkerExit) -> ArrieroError:
+    """Return the error of a worker that ended before it was of use."""
+    try:
+        code = ErrorCode(ended.code or "")
+    except ValueError:
+        code = ErrorCode.WORKER_START_FAILED
+    how = ended.message or f"ended with exit code {ended.exit_code}"
+    return ArrieroError(
+        code, f"worker {worker_id} on {node}: {how}", worker_id=worker_id, node=node, **_exit_details(ended)
+    )
+
+
+def _exit_details(ended: WorkerExit) -> dict[str, object]:
+    details: dict[str, object] = {"exit_code": ended.exit_code, "signal": ended.signal}
+    if ended.log_tail:
+        details["log_tail"] = ended.log_tail[-20:]
+    return {name: value for name, value in details.items() if value is not None}

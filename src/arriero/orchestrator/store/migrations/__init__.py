@@ -1,0 +1,1 @@
+"""The schema of orchestrator.db, one numbered step a file."""

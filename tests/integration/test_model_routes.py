@@ -1,0 +1,195 @@
+"""Do the agent's routes for models say what section 3 of the design says?  Over real HTTP."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from tests.integration.model_files import Kit, gguf, kit_in, small_limits
+
+from arriero.agent.routes.models import DownloadAccepted, model_routes
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.records import DownloadList, DownloadRecord, ModelList, ModelRecord
+from arriero.contracts.requests import DownloadBody
+from arriero.contracts.states import DownloadState
+from arriero.runtime.asgi import Guard
+from arriero.runtime.http import Http, Peer
+from arriero.runtime.litestar_app import make_app
+from arriero.runtime.serve import bind, serve, url_of
+from arriero.runtime.sse import SseEvent
+from arriero.runtime.tasks import start_ready
+from arriero.testing.fault_server import Answer, FaultServer
+
+
+@dataclass(slots=True)
+class Served:
+    kit: Kit
+    peer: Peer
+
+    async def start(self, ref: str) -> DownloadAccepted:
+        return await self.peer.call(
+            "POST", "/v1/models/download", answer=DownloadAccepted, body=DownloadBody(model_ref=ref)
+        )
+
+    async def events(self, path: str) -> list[SseEvent]:
+        return [event async for event in self.peer.events(path)]
+
+    async def fetched(self, ref: str) -> ModelRecord:
+        await self.events((await self.start(ref)).progress_url)
+        (record,) = (await self.peer.call("GET", "/v1/models", answer=ModelList)).models
+        return record
+
+    async def get(self, path: str, **headers: str) -> tuple[int, Mapping[str, str], bytes]:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.peer.request("GET", path, headers=sent) as response:
+            return response.status, response.headers, await response.read()
+
+
+@asynccontextmanager
+async def served_in(tmp_path: Path, stall_s: float = 0.3) -> AsyncGenerator[Served, None]:
+    async with kit_in(tmp_path, limits=small_limits(stall_s=stall_s)) as kit:
+        app: Any = make_app(model_routes(kit.provisioner, kit.catalog, beat_s=0.05), title="agent")
+        stop, sock = asyncio.Event(), bind("127.0.0.1", 0)
+
+        async def run(announce: Any) -> None:
+            async def on_started() -> None:
+                announce(url_of(sock))
+
+            await serve(Guard(app), sock, stop=stop, grace_s=1, on_started=on_started)
+
+        async with asyncio.TaskGroup() as group, Http() as http:
+            url = await start_ready(group, run, name="serve")
+            try:
+                yield Served(kit, http.peer(url))
+            finally:
+                stop.set()
+
+
+async def test_a_download_is_accepted_followed_and_listed(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, served_in(tmp_path) as served:
+        accepted = await served.start(f"{server.url}/m.gguf")
+        assert accepted.progress_url == f"/v1/models/download/progress?download_id={accepted.download_id}"
+        events = await served.events(accepted.progress_url)
+        told = [event for event in events if event.comment is None]
+        assert told[-1].data == "[DONE]" and [e.event_id for e in told] == [
+            str(n + 1) for n in range(len(told))
+        ]
+        last = msgspec.json.decode(told[-2].data)
+        assert last["stage"] == "complete" and Path(last["local_path"]).name == "m.gguf"
+
+        listed = await served.peer.call("GET", "/v1/downloads", answer=DownloadList)
+        assert [record.state for record in listed.downloads] == [DownloadState.COMPLETE]
+        late = await served.events(accepted.progress_url)
+        assert [event.data for event in late if event.comment is None][-1] == "[DONE]"
+
+
+async def test_a_failed_download_ends_with_its_error(tmp_path: Path) -> None:
+    async with FaultServer(gguf(), [Answer(status=404)]) as server, served_in(tmp_path) as served:
+        events = await served.events((await served.start(f"{server.url}/m.gguf")).progress_url)
+        assert events[-1].event == "error"
+        error = msgspec.json.decode(events[-1].data)["error"]
+        assert error["code"] == "MODEL_NOT_FOUND" and error["details"]["suggested_action"]
+        assert not any(event.is_done for event in events)
+
+
+async def test_a_silent_download_beats_and_can_be_cancelled(tmp_path: Path) -> None:
+    async with (
+        FaultServer(gguf(), [Answer(is_mute=True)]) as server,
+        served_in(tmp_path, stall_s=60) as served,
+    ):
+        accepted = await served.start(f"{server.url}/m.gguf")
+        stream = served.peer.events(accepted.progress_url)
+        async for event in stream:
+            if event.comment is not None:
+                break
+        record = await served.peer.call(
+            "DELETE", f"/v1/downloads/{accepted.download_id}", answer=DownloadRecord
+        )
+        assert record.state is DownloadState.CANCELLED
+        last = [event async for event in stream][-1]
+        assert last.event == "error" and "REQUEST_CANCELLED" in last.data
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code"),
+    [
+        ("POST", "/v1/models/download", {"model_ref": "nonsense"}, ErrorCode.INVALID_MODEL_REFERENCE),
+        ("POST", "/v1/models/download", {"model": "demo"}, ErrorCode.INVALID_REQUEST),
+        ("GET", "/v1/models/download/progress?download_id=d-1", None, ErrorCode.NOT_FOUND),
+        ("GET", "/v1/models/download/progress", None, ErrorCode.INVALID_REQUEST),
+        ("DELETE", "/v1/downloads/d-1", None, ErrorCode.NOT_FOUND),
+        ("DELETE", "/v1/models/m-1", None, ErrorCode.MODEL_NOT_FOUND),
+        ("POST", "/v1/models/m-1/verify", None, ErrorCode.MODEL_NOT_FOUND),
+        ("GET", "/v1/models/m-1/files/x", None, ErrorCode.MODEL_NOT_FOUND),
+    ],
+)
+async def test_wrong_requests_get_their_status(
+    tmp_path: Path, method: str, path: str, body: object, code: ErrorCode
+) -> None:
+    async with served_in(tmp_path) as served:
+        with pytest.raises(ArrieroError) as refused:
+            await served.peer.call(method, path, body=body)
+    assert refused.value.code is code
+
+
+async def test_a_model_is_verified_and_removed(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, served_in(tmp_path) as served:
+        record = await served.fetched(f"{server.url}/m.gguf")
+        path = f"/v1/models/{record.model_id}"
+        assert await served.peer.call("POST", f"{path}/verify", answer=ModelRecord) == record
+        file = served.kit.models_dir / record.model_id / "m.gguf"
+        file.write_bytes(gguf(2))
+        with pytest.raises(ArrieroError) as corrupted:
+            await served.peer.call("POST", f"{path}/verify")
+        assert corrupted.value.code is ErrorCode.MODEL_CORRUPTED
+        await served.peer.call("DELETE", path)
+        assert (await served.peer.call("GET", "/v1/models", answer=ModelList)).models == []
+        assert served.kit.files() == []
+
+
+async def test_a_file_is_sent_whole_and_in_ranges(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, served_in(tmp_path) as served:
+        record = await served.fetched(f"{server.url}/m.gguf")
+        path = f"/v1/models/{record.model_id}/files/m.gguf"
+        status, headers, content = await served.get(path)
+        assert (status, content) == (200, gguf())
+        assert headers["ETag"] == f'"{record.sha256}"' and headers["Accept-Ranges"] == "bytes"
+        assert (await served.get(path, Range="bytes=10-19"))[::2] == (206, gguf()[10:20])
+        status, headers, content = await served.get(path, Range="bytes=299990-")
+        assert (status, headers["Content-Range"], content) == (
+            206,
+            "bytes 299990-299999/300000",
+            gguf()[-10:],
+        )
+        assert (await served.get(path, Range="bytes=0-9", If_Range='"other"'))[0] == 200
+        assert (await served.get(path, Range="bytes=0-9", If_Range=f'"{record.sha256}"'))[0] == 206
+        status, headers, content = await served.get(path, Range="bytes=300000-")
+        assert (status, headers["Content-Range"]) == (416, "bytes */300000")
+        assert msgspec.json.decode(content)["error"]["code"] == "INVALID_REQUEST"
+
+
+@pytest.mark.parametrize("name", ["model.json", "..", "../agent.db", "/etc/passwd", "M.GGUF", "m.gguf\0"])
+async def test_no_other_file_is_sent(tmp_path: Path, name: str) -> None:
+    async with FaultServer(gguf()) as server, served_in(tmp_path) as served:
+        record = await served.fetched(f"{server.url}/m.gguf")
+        path = f"/v1/models/{record.model_id}/files/{quote(name, safe='')}"
+        status, _, content = await served.get(path)
+        # A client resolves ".." itself and lands on a route that takes no GET.
+        assert status == 404 or (name, status) == ("..", 405)
+        assert "error" in msgspec.json.decode(content)
+
+
+async def test_another_agent_fetches_a_model_from_here(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    async with FaultServer(gguf()) as server, served_in(tmp_path / "one") as served:
+        record = await served.fetched(f"{server.url}/m.gguf")
+        async with kit_in(tmp_path / "other") as other:
+            ref = f"{served.peer.url}/v1/models/{record.model_id}/files/m.gguf"
+            copied, path = await other.provisioner.ensure(ref)
+            assert copied.sha256 == record.sha256 and path.read_bytes() == gguf()
