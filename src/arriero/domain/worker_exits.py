@@ -68,9 +68,10 @@ def _how(evidence: Evidence) -> str:
 
 
 def _stopped(evidence: Evidence, message: str) -> tuple[WorkerState, WorkerExit]:
-    return WorkerState.STOPPED, WorkerExit(
-        exit_code=evidence.exit_code, signal=evidence.signal, message=message
-    )
+    exit_code, signal = evidence.exit_code, evidence.signal
+    if exit_code is None and evidence.own_words is not None:
+        exit_code, signal = evidence.own_words.exit_code, evidence.own_words.signal
+    return WorkerState.STOPPED, WorkerExit(exit_code=exit_code, signal=signal, message=message)
 
 
 def _failed(evidence: Evidence, code: str | None, message: str) -> tuple[WorkerState, WorkerExit]:

@@ -137,6 +137,10 @@ class EngineChild:
         self._is_stopping = True
         self._signal(signal.SIGKILL)
 
+    def crash(self) -> None:
+        """Kill it as an accident: it then counts as ended by itself (the fake engine's knob)."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: int) -> None:
         # Not yet reaped means that the pid is still its own.
         if self._process.returncode is None:

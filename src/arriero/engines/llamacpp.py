@@ -5,8 +5,6 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -44,9 +42,6 @@ EMBED_TIMEOUT_S: Final = 600.0
 #: After the connection broke: so long until the process is known to have ended, too.
 _END_WAIT_S: Final = 2.0
 _METRICS_PREFIX: Final = "llamacpp:"
-_LIST_DEVICES: Final = "import xllamacpp; print(*(d['name'] for d in xllamacpp.get_device_info()))"
-#: How llama.cpp's devices are called, by our backend.
-_BACKENDS: Final = {"cpu": "CPU", "cuda": "CUDA", "metal": "MTL", "rocm": "ROCm", "vulkan": "Vulkan"}
 
 
 class LlamaCpp:
@@ -55,26 +50,13 @@ class LlamaCpp:
     name = "llamacpp"
 
     def probe(self) -> dict[str, str]:
-        """Return the version of the installed engine and the backends it was built for.
+        """Return the version of the installed engine.
 
-        The build is asked in a child, since native code that cannot be loaded may take its
-        process down; blocks for up to 30 s.  Raises BACKEND_UNAVAILABLE if it is not installed.
+        Raises BACKEND_UNAVAILABLE if it is not installed.
         """
         if importlib.util.find_spec(DISTRIBUTION) is None:
             fail(ErrorCode.BACKEND_UNAVAILABLE, f"the engine {self.name} needs the package {DISTRIBUTION}")
-        found = subprocess.run(
-            [sys.executable, "-P", "-c", _LIST_DEVICES], capture_output=True, text=True, timeout=30, check=False
-        )
-        if found.returncode:
-            why = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1][:300]
-            fail(ErrorCode.BACKEND_UNAVAILABLE, f"the engine {self.name} cannot be loaded: {why}")
-        names = found.stdout.split()
-        backends = [backend for backend, prefix in _BACKENDS.items() if any(n.startswith(prefix) for n in names)]
-        return {
-            "engine": self.name,
-            "version": importlib.metadata.version(DISTRIBUTION),
-            "backends": ",".join(backends),
-        }
+        return {"engine": self.name, "version": importlib.metadata.version(DISTRIBUTION)}
 
     def inspect(self, path: Path) -> ModelFacts:
         """Read a model's header with bounds on everything; raises as `gguf.inspect` does."""

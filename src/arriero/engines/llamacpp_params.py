@@ -5,11 +5,13 @@ Pure: `EngineSpec` and header in, the child's line and environment out.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from arriero.contracts.errors import ErrorCode, fail
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.engines.base import EngineSpec
 from arriero.engines.gguf import GgufHeader
 
@@ -54,22 +56,18 @@ class LlamaOptions:
 
 def options_of(spec: EngineSpec) -> LlamaOptions:
     """Return the knobs of a specification.  Raises INVALID_REQUEST for an unknown or wrong one."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "batch_tokens": (int,),
-        "cache_ram_mib": (int,),
-        "load_mode": (str,),
-        "loading_stall_s": (int, float),
-    }
-    for key, value in spec.options.items():
-        if key not in kinds:
+    known = sorted(field.name for field in fields(LlamaOptions))
+    for key in spec.options:
+        if key not in known:
             fail(
                 ErrorCode.INVALID_REQUEST,
-                f"the engine llamacpp has no option {key!r}; it has {', '.join(sorted(kinds))}",
+                f"the engine llamacpp has no option {key!r}; it has {', '.join(known)}",
                 param=key,
             )
-        if isinstance(value, bool) or not isinstance(value, kinds[key]):
-            fail(ErrorCode.INVALID_REQUEST, f"the engine option {key} cannot be {value!r}", param=key)
-    options = LlamaOptions(**spec.options)
+    try:
+        options = msgspec.convert(spec.options, LlamaOptions)
+    except msgspec.ValidationError as error:
+        raise ArrieroError(ErrorCode.INVALID_REQUEST, f"an option of the engine llamacpp: {error}") from error
     if options.load_mode not in _LOAD_MODES:
         fail(ErrorCode.INVALID_REQUEST, f"load_mode is one of {', '.join(_LOAD_MODES)}", param="load_mode")
     if not 0 <= options.batch_tokens <= BATCH_EMBEDDING_MAX or not 0 <= options.cache_ram_mib <= 1 << 20:
