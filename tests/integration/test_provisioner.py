@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from tests.integration.model_files import SIZE_BYTES, Kit, gguf, kit_in, sha256, small_limits
 
+from arriero import demo_model
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame
 from arriero.contracts.records import ModelRecord
@@ -190,6 +191,16 @@ async def test_a_local_file_stays_where_it_is(tmp_path: Path) -> None:
         assert kit.files() == []
         await kit.catalog.remove(record.model_id)
         assert own.exists() and await kit.catalog.records() == []
+
+
+async def test_the_demo_model_is_there_without_a_network(tmp_path: Path) -> None:
+    async with kit_in(tmp_path, inspect=gguf_format.inspect) as kit:
+        record, path = await kit.provisioner.ensure("demo")
+        assert (record.provider, record.is_external) == ("demo", True)
+        assert (record.sha256, record.size_bytes) == (demo_model.SHA256, demo_model.SIZE_BYTES)
+        assert path.is_absolute() and record.has_chat_template
+        await kit.catalog.remove(record.model_id)
+        assert (await kit.provisioner.ensure("demo"))[1] == path
 
 
 async def test_a_local_file_that_changed_is_read_again(tmp_path: Path) -> None:

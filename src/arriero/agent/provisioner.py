@@ -8,7 +8,6 @@ next download of the same reference goes on with it.
 
 import asyncio
 import hashlib
-import importlib
 import os
 import shutil
 from collections.abc import AsyncGenerator, Callable
@@ -20,6 +19,7 @@ from typing import Final, Self
 import aiohttp
 import msgspec
 
+from arriero import demo_model
 from arriero.agent import hub
 from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry, ModelCatalog, ModelFile, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
@@ -392,9 +392,7 @@ def _copy(error: ArrieroError) -> ArrieroError:
 
 
 def _demo() -> tuple[Path, str]:
-    # Data that most downloads never look at.
-    module = importlib.import_module("arriero.demo_model")
-    return Path(module.path()).resolve(), str(module.SHA256)
+    return demo_model.path().resolve(), demo_model.SHA256
 
 
 def _prepare_folder(folder: Path) -> int:

@@ -46,7 +46,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 class Answer(msgspec.Struct, kw_only=True):
     """What came of one task: also of one that failed half-way."""
 
-    model: str
+    #: As asked for, or as the orchestrator chose where nothing was.
+    model: str | None
     text: str = ""
     node: str | None = None
     worker_id: str | None = None
@@ -114,6 +115,13 @@ def run_task(
         narrator.clear()
         if stream is not None:
             stream.close()
+
+
+def name_model(client: Orchestrator, answer: Answer) -> None:
+    """Fill in the model of a task that named none; unknown it stays where the task cannot be asked."""
+    if answer.model is None and answer.task_id is not None:
+        with contextlib.suppress(ArrieroError):
+            answer.model = client.task(answer.task_id).model
 
 
 def write_to_stdout(text: str) -> None:

@@ -65,24 +65,27 @@ def examine(state: StateDir) -> Iterator[Finding]:
         yield _fail("settings", error.message, error.kind.what_to_do)
     else:
         yield _ok("settings", "valid")
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        _python,
-        _libraries,
-        _engine,
-        lambda: _home(state),
-        lambda: _disk(state),
-        _devices,
-        _sockets,
-        _open_files,
-        lambda: _port(state, "orchestrator", found.orchestrator_host, found.orchestrator_port),
-        lambda: _port(state, "agent", "127.0.0.1", found.agent_port),
-        lambda: _worker_ports(found),
-        lambda: _daemon(state, "orchestrator"),
-        lambda: _daemon(state, "agent"),
-        lambda: _orphans(state),
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("python", _python),
+        ("libgomp", _libraries),
+        ("engine", _engine),
+        ("home", lambda: _home(state)),
+        ("disk", lambda: _disk(state)),
+        ("devices", _devices),
+        ("sockets", _sockets),
+        ("open files", _open_files),
+        ("port", lambda: _port(state, "orchestrator", found.orchestrator_host, found.orchestrator_port)),
+        ("port", lambda: _port(state, "agent", "127.0.0.1", found.agent_port)),
+        ("worker ports", lambda: _worker_ports(found)),
+        ("orchestrator", lambda: _daemon(state, "orchestrator")),
+        ("agent", lambda: _daemon(state, "agent")),
+        ("worker", lambda: _orphans(state)),
     ]
-    for check in checks:
-        yield from check()
+    for name, check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # noqa: BLE001 - A broken installation is what is looked for.
+            yield _fail(name, f"the check broke: {type(error).__name__}: {error}", "Install arriero again.")
 
 
 def _python() -> Iterator[Finding]:

@@ -32,6 +32,8 @@ def serving(*, is_ephemeral: bool, narrator: Narrator, timeout_s: float | None) 
     if given is not None:
         yield client_of(given, codes=TASK_CODES)
         return
+    # Wrong settings are told before anything starts, and also where nothing needs to be started.
+    settings.load()
     state = discovery.state_of()
     ours: list[Started] = []
     try:

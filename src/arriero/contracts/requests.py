@@ -108,11 +108,36 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     #: After so long without its agent the worker drains and ends; 0: at once.
     lease_s: float = 600.0
+    #: After so long without having delivered its ready callback the worker gives up.
+    ready_timeout_s: float = 30.0
     stall_s: float = 60.0
     loading_stall_s: float = 60.0
     stop_grace_s: float = 30.0
     is_embedding: bool = False
     threads: int = 0
+
+
+class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/admin/drain` and `/v1/admin/shutdown` of a worker; an empty body is `{}`."""
+
+    #: Running requests are cancelled after so long; None: never when draining, `stop_grace_s` when
+    #: shutting down.
+    grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/tokenize` of a worker: a `text`, or `messages` to put through the chat template."""
+
+    text: Annotated[str, msgspec.Meta(max_length=PROMPT_CHARS_MAX)] | None = None
+    messages: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)] | None = None
+    add_special: bool = True
+
+
+class TokenizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The token ids, and the text they stand for (the rendered prompt where messages were given)."""
+
+    token_ids: list[int]
+    text: str
 
 
 class ReadyCallback(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -92,6 +91,8 @@ class StateDir:
 
 def probe_writable(folder: Path) -> None:
     """Return if files can be made in a folder.  Raises OSError if not."""
+    import tempfile
+
     with tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -116,6 +117,9 @@ def read(path: Path, kind: type[T]) -> T | None:
 
 def write(path: Path, value: object) -> None:
     """Write a JSON file (0600) so that a reader sees the old one or the new one, never a half."""
+    # Not needed by those who only read, and 15 ms to import.
+    import tempfile
+
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:

@@ -13,13 +13,13 @@ from arriero.cli.signals import terminable
 from arriero.client.api import Orchestrator
 from arriero.contracts.errors import ArrieroError, Exit
 from arriero.contracts.requests import TaskBody
-from arriero.runtime import settings
 
 _EXAMPLES: Final = (
     "arriero chat",
     "arriero chat --model hf:org/repo:Q4_K_M --system 'You are terse.'",
     "printf 'Count from 1 to 3.\\nAnd back.\\n' | arriero chat --quiet",
 )
+_DEFAULT: Final = "(the orchestrator's default)"
 _HELP: Final = """\
 /help         this
 /reset        forget what was said
@@ -29,7 +29,8 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", help="Model reference; default: the setting default_model.")
+@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
+              help="Model reference; default: the orchestrator's.")  # fmt: skip
 @click.option("--system", metavar="TEXT", help="A system message before everything.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of one answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token each time.")
@@ -63,7 +64,7 @@ class Talk:
         self._given = given
         self._narrator = narrator
         self._as_json = as_json
-        self._model: str = given["model"] or settings.load().default_model
+        self._model: str | None = given["model"]
         self._messages: list[dict[str, Any]] = []
         self._code: int = Exit.OK
         self._is_person = render.is_terminal(sys.stdin)
@@ -81,7 +82,7 @@ class Talk:
             # Line editing and history of this session; nothing is read from or written to disk.
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - Importing it is what makes input() editable.
-            render.note(f"model {self._model}; /help shows the commands, Ctrl-D ends")
+            render.note(f"model {self._model or _DEFAULT}; /help shows the commands, Ctrl-D ends")
         while True:
             try:
                 line = self._read()
@@ -120,7 +121,7 @@ class Talk:
             render.note("forgotten")
         elif name == "/model":
             self._model = rest.strip() or self._model
-            render.note(f"model {self._model}")
+            render.note(f"model {self._model or _DEFAULT}")
         elif name == "/help":
             render.note(_HELP)
         else:

@@ -84,9 +84,13 @@ def run(role: str, values: Mapping[str, Any]) -> int:
         return Exit.INTERRUPTED
     except ArrieroError as error:
         return _tell(role, error)
+    except ExceptionGroup as group:
+        expected, rest = group.split(ArrieroError)
+        if expected is None or rest is not None:
+            return _tell_fault(role, group)
+        return _tell(role, _first(expected))
     except Exception as error:  # noqa: BLE001 - The last line of the log must say why, with its traceback.
-        text = "".join(traceback.format_exception(error))
-        return _tell(role, ArrieroError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"), text)
+        return _tell_fault(role, error)
 
 
 def _start(role: str, values: Mapping[str, Any]) -> int:
@@ -122,6 +126,20 @@ def _end_with(text: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="with-pid", daemon=True).start()
+
+
+def _first(group: BaseExceptionGroup[ArrieroError]) -> ArrieroError:
+    """Return the first failure of a task group: the others followed from it."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, ArrieroError), "the group was split by this type"
+    return found
+
+
+def _tell_fault(role: str, error: Exception) -> int:
+    text = "".join(traceback.format_exception(error))
+    return _tell(role, ArrieroError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"), text)
 
 
 def _tell(role: str, error: ArrieroError, trace: str = "") -> int:

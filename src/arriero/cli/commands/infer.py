@@ -11,7 +11,6 @@ from arriero.cli.narrator import Narrator
 from arriero.cli.signals import Terminated, terminable
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.requests import TaskBody
-from arriero.runtime import settings
 
 _EXAMPLES: Final = (
     'arriero infer "Count from 5 to 25."',
@@ -25,7 +24,8 @@ _EXAMPLES: Final = (
 @click.command(epilog=options.examples(_EXAMPLES))
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", metavar="TEXT", help="The prompt; `-` reads it from stdin.")
-@click.option("-m", "--model", metavar="REF", help="Model reference; default: the setting default_model.")
+@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
+              help="Model reference; default: the orchestrator's.")  # fmt: skip
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of the answer.")
@@ -66,7 +66,9 @@ def infer(*, prompt: str | None, prompt_option: str | None, as_json: bool, quiet
                         write=(lambda _: None) if as_json else answers.write_to_stdout,
                     )  # fmt: skip
                 finally:
-                    if not as_json:
+                    if as_json:
+                        answers.name_model(client, answer)
+                    else:
                         answers.end_line(answer, narrator)
         except ArrieroError as error:
             answer.error = error.body()
@@ -106,7 +108,7 @@ def _body(prompt: str, given: dict[str, Any]) -> TaskBody:
     if given["system"] is not None:
         messages.insert(0, {"role": "system", "content": given["system"]})
     return TaskBody(
-        model=given["model"] or settings.load().default_model,
+        model=given["model"],
         prompt=prompt if given["raw"] else None,
         messages=None if given["raw"] else messages,
         max_tokens=given["max_tokens"],

@@ -83,8 +83,17 @@ def _make(row: Probe) -> click.Command:
         return result.exit_code
 
     return click.Command(
-        row.name, params=_parameters(row), callback=run, help=row.help, short_help=probe.help
+        row.name, params=_parameters(row), callback=run, help=row.help, epilog=options.examples(_examples(row))
     )
+
+
+def _examples(row: Probe) -> list[str]:
+    """Return how a probe is called at its plainest, and with its result as data."""
+    needed = " http://127.0.0.1:9200/…" if row.is_of_url else ""
+    for option in row.options:
+        if option.is_required:
+            needed += f" {option.flag} {option.choices[0] if option.choices else option.name.upper()}"
+    return [f"arriero probe {row.name}{needed}", f"arriero probe {row.name}{needed} --json --timeout 5"]
 
 
 def _show(result: ProbeResult, *, as_json: bool) -> None:

@@ -1,0 +1,30 @@
+"""How is a worker told to end?"""
+
+from arriero.contracts.requests import EndBody
+from arriero.runtime.asgi import AsgiApp
+from arriero.worker.core import Core
+from arriero.worker.web import Handler, Request, json_answer
+
+
+class AdminRoutes:
+    """Handlers over one worker."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def table(self) -> dict[tuple[str, str], Handler]:
+        """Return the routes."""
+        return {("POST", "/v1/admin/drain"): self.drain, ("POST", "/v1/admin/shutdown"): self.shutdown}
+
+    async def drain(self, request: Request) -> AsgiApp:
+        """Take no new request, let the others finish, then end."""
+        body = await request.decode(EndBody, default=b"{}")
+        self._core.end("drained over HTTP", grace_s=body.grace_s)
+        return json_answer(self._core.health(), 202)
+
+    async def shutdown(self, request: Request) -> AsgiApp:
+        """End after a grace time at the latest; what still runs then is cancelled."""
+        body = await request.decode(EndBody, default=b"{}")
+        grace_s = self._core.spec.stop_grace_s if body.grace_s is None else body.grace_s
+        self._core.end("shut down over HTTP", grace_s=grace_s)
+        return json_answer(self._core.health(), 202)

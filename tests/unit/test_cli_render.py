@@ -1,0 +1,56 @@
+"""Does what commands print read well: tables, sizes, times, errors?"""
+
+import pytest
+
+from arriero.cli import render
+from arriero.contracts.errors import ArrieroError, ErrorCode
+
+
+def test_a_plain_table_has_columns_two_blanks_apart_and_no_empty_cell() -> None:
+    assert render.plain_table(["worker", "idle for"], [["w-1", ""], ["w-22", "3 s"], ["ä\nb", "x"]]) == [
+        "WORKER  IDLE_FOR",
+        "w-1     -",
+        "w-22    3 s",
+        "ä b     x",
+    ]
+
+
+def test_a_table_without_rows_is_its_head() -> None:
+    assert render.plain_table(["a", "b"], []) == ["A  B"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1_572_864, "1.5 MiB"), (5 * 1024**4, "5.0 TiB")],
+)
+def test_sizes(size: int, text: str) -> None:
+    assert render.bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (185, "3 min 5 s"),
+        (7_800, "2 h 10 min"),
+        (90_000, "1 d 1 h"),
+    ],
+)
+def test_lengths_of_time(seconds: float, text: str) -> None:
+    assert render.seconds_text(seconds) == text
+
+
+def test_an_error_has_its_code_its_log_and_its_advice() -> None:
+    tail = [f"line {number}" for number in range(30)]
+    lines = render.error_lines(ArrieroError(ErrorCode.WORKER_START_FAILED, "exit code 3", log_tail=tail))
+    assert lines[0] == "error: WORKER_START_FAILED: exit code 3"
+    assert lines[1:-1] == [f"  | line {number}" for number in range(20, 30)]
+    assert lines[-1] == "  hint: The details carry its exit code and last log lines."
+
+
+def test_advice_of_the_one_who_knows_better_wins() -> None:
+    error = ArrieroError(ErrorCode.INSUFFICIENT_RAM, "no", suggested_action="Stop w-1.")
+    assert render.error_lines(error)[-1] == "  hint: Stop w-1."

@@ -1,0 +1,1 @@
+"""Trains the demo model: grammar, tokenizer, network, export and reference tokens."""
