@@ -1,6 +1,6 @@
 """A worker that does as its script says: the faults that a real worker cannot be brought to.
 
-Speaks the routes an agent uses.  The script is JSON in the environment variable WORKER_SCRIPT:
+Speaks the routes an agent uses.  The script is JSON in a file beside the model, `MODEL.json`:
 `ready` (call back), `state_stream`, `sick` (health answers 500), `drain` (end when asked to),
 `sigterm` (end by it), `loading` (stay loading), `exit_code` (exit with it after the callback),
 `exit` (content of exit.json, written before that), `told_failed` (its health says so), `lines` (printed).
@@ -17,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-SCRIPT: dict[str, Any] = json.loads(os.environ.get("WORKER_SCRIPT", "{}"))
 SPEC: dict[str, Any] = json.loads(sys.stdin.readline() or "{}")
+_SCRIPT_PATH = Path(SPEC.get("model_path", "") + ".json")
+SCRIPT: dict[str, Any] = json.loads(_SCRIPT_PATH.read_text()) if _SCRIPT_PATH.is_file() else {}
 STATE: dict[str, Any] = {
     "state": "loading" if SCRIPT.get("loading") else "idle",
     "busy": 0,

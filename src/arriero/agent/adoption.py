@@ -121,6 +121,7 @@ def _ended(held: Held) -> WorkerRecord:
             state_before=record.state,
             exit_code=None,
             signal=None,
+            was_watched=False,
             own_words=read_exit(held.run_dir),
             log_tail=tuple(processes.tail(held.log_path, 20)),
         )

@@ -68,9 +68,9 @@ async def follow(path: Path, ended: asyncio.Event, *, lines: int) -> AsyncGenera
             await _either(ended, FOLLOW_LOOK_S)
 
 
-async def last_lines(path: Path, lines: int) -> bytes:
-    """Return the last lines of a log."""
-    return (await asyncio.to_thread(_start, path, lines))[0]
+async def last_lines(path: Path, lines: int) -> AsyncGenerator[bytes, None]:
+    """Yield the last lines of a log, in one piece."""
+    yield (await asyncio.to_thread(_start, path, lines))[0]
 
 
 def _start(path: Path, lines: int) -> tuple[bytes, int]:

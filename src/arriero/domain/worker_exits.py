@@ -17,6 +17,8 @@ class Evidence:
     #: As a shell would say it; None if nobody saw it (an adopted worker).
     exit_code: int | None
     signal: str | None
+    #: Whether an agent saw it end; its exit code may be unknown all the same (an adopted worker).
+    was_watched: bool = True
     #: Whether the end was asked for (stop, idle, agent's own end).
     was_asked: bool = False
     #: Why it was asked for, or that grace had run out.
@@ -43,9 +45,11 @@ def judge(evidence: Evidence) -> tuple[WorkerState, WorkerExit]:
         return _failed(evidence, own.code, own.message)
     if evidence.exit_code == 0 or evidence.was_asked or own is not None:
         return _stopped(evidence, evidence.reason or (own.message if own is not None else ""))
-    if evidence.exit_code is None:
-        return _stopped(evidence, "it ended while nobody saw how")
-    how = f"killed by {evidence.signal}" if evidence.signal else f"ended with exit code {evidence.exit_code}"
+    if not evidence.was_watched:
+        return _stopped(evidence, "it ended while no agent watched it")
+    if evidence.exit_code is None and evidence.state_before is WorkerState.DRAINING:
+        return _stopped(evidence, "it drained and ended")
+    how = _how(evidence)
     if evidence.state_before in (WorkerState.STARTING, WorkerState.LOADING):
         if evidence.exit_code == 124:
             is_starting = evidence.state_before is WorkerState.STARTING
@@ -53,6 +57,14 @@ def judge(evidence: Evidence) -> tuple[WorkerState, WorkerExit]:
             return _failed(evidence, code, "the worker gave up waiting")
         return _failed(evidence, ErrorCode.WORKER_START_FAILED, f"{how} before it was of use")
     return _failed(evidence, ErrorCode.WORKER_LOST, how)
+
+
+def _how(evidence: Evidence) -> str:
+    if evidence.signal is not None:
+        return f"killed by {evidence.signal}"
+    if evidence.exit_code is None:
+        return "ended, nobody saw its exit code"
+    return f"ended with exit code {evidence.exit_code}"
 
 
 def _stopped(evidence: Evidence, message: str) -> tuple[WorkerState, WorkerExit]:

@@ -26,15 +26,15 @@ WAIT_LIMIT_S: Final = 10.0
 _LOOK_S: Final = 0.02
 
 
-def wait_for(look: Callable[[], T | None], what: str, *, limit_s: float = WAIT_LIMIT_S) -> T:
-    """Return what `look` returns once it is neither None nor False.
+def wait_for(look: Callable[[], T], what: str, *, limit_s: float = WAIT_LIMIT_S) -> T:
+    """Return what `look` returns once that is true (or something, or not empty).
 
     Raises AssertionError after the limit.
     """
     deadline_s = time.monotonic() + limit_s
     while True:
         found = look()
-        if found is not None and found is not False:
+        if found:
             return found
         if time.monotonic() > deadline_s:
             raise AssertionError(f"not within {limit_s:g} s: {what}")
@@ -100,8 +100,10 @@ class AgentProcess:
             run = self.state.running("agent")
             return run if run is not None and run.pid == process.pid else None
 
-        self.run = wait_for(answers, "the agent answers", limit_s=START_LIMIT_S)
-        return self.run
+        run = wait_for(answers, "the agent answers", limit_s=START_LIMIT_S)
+        assert run is not None, "waited for"
+        self.run = run
+        return run
 
     def terminate(self, *, limit_s: float = 15.0) -> int:
         """Send SIGTERM, wait for the end, return the exit code."""
@@ -133,7 +135,9 @@ class AgentProcess:
                 raise AssertionError(f"{worker_id} is {record.state}, not {states}: {record.exit}")
             return None
 
-        return wait_for(arrived, f"{worker_id} becomes {states}", limit_s=limit_s)
+        record = wait_for(arrived, f"{worker_id} becomes {states}", limit_s=limit_s)
+        assert record is not None, "waited for"
+        return record
 
     def clean_up(self) -> None:
         """End the agent and every worker of its state folder, whatever happened before."""

@@ -59,10 +59,9 @@ def worker_routes(
     @get("/v1/workers/{worker_id:str}/logs")
     async def worker_log(
         worker_id: WorkerId, lines: Lines = LINES_DEFAULT, is_followed: Follow = False
-    ) -> ASGIApp | Response[bytes]:
+    ) -> ASGIApp:
         path, ended = supervisor.log_of(worker_id)
-        if is_followed:
-            return cast("ASGIApp", TextStream(follow(path, ended, lines=lines), stop))
-        return Response(await last_lines(path, lines), media_type="text/plain; charset=utf-8")
+        blocks = follow(path, ended, lines=lines) if is_followed else last_lines(path, lines)
+        return cast("ASGIApp", TextStream(blocks, stop))
 
     return [list_workers, spawn, one_worker, stop_worker, ready, worker_log]
