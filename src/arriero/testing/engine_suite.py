@@ -398,7 +398,7 @@ async def _first_text(stream: AsyncIterator[Any]) -> TextDelta:
 
 async def _until(check: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not await check():
+        while not await check():  # noqa: ASYNC110  The engine tells it only when it is asked.
             await asyncio.sleep(0.01)
 
 
