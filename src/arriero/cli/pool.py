@@ -1,7 +1,6 @@
 """Which orchestrator serves this command: one that runs, or one started for it?"""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -93,28 +92,18 @@ def _plans(state: StateDir, *, is_ephemeral: bool) -> list["Plan"]:
     needs_orchestrator = state.running("orchestrator") is None
     needs_agent = state.running("agent") is None and (needs_orchestrator or _is_agent_missing(state))
     bound = launch.with_us() if is_ephemeral else []
-    found = settings.load()
+    found, default = settings.load(), settings.Settings()
     plans = []
     if needs_orchestrator:
-        flags = [
-            "--background",
-            *bound,
-            *_free_port("orchestrator_port", found.orchestrator_port, is_ephemeral),
-        ]
+        # A port that nobody chose is no reason to fail: whoever asks looks into the run file.
+        any_port = found.orchestrator_port == default.orchestrator_port
+        flags = ["--background", *bound, *(["--port", "0"] if is_ephemeral and any_port else [])]
         # Only an agent that came with it leaves with it.
         flags += ["--cascade"] if needs_agent else []
-        plans.append(launch.Plan("orchestrator", flags, any_port=_is_default("orchestrator_port")))
+        plans.append(launch.Plan("orchestrator", flags, any_port=any_port))
     if needs_agent:
-        flags = [*bound, *_free_port("agent_port", found.agent_port, is_ephemeral)]
+        any_port = found.agent_port == default.agent_port
+        flags = [*bound, *(["--port", "0"] if is_ephemeral and any_port else [])]
         env = {"ARRIERO_LEASE_S": "0"} if is_ephemeral else {}
-        plans.append(launch.Plan("agent", flags, env, any_port=_is_default("agent_port")))
+        plans.append(launch.Plan("agent", flags, env, any_port=any_port))
     return plans
-
-
-def _is_default(setting: str) -> bool:
-    return not os.environ.get(f"ARRIERO_{setting.upper()}")
-
-
-def _free_port(setting: str, configured: int, is_ephemeral: bool) -> list[str]:
-    """A pool of one answer takes any ports, unless somebody named one."""
-    return ["--port", "0"] if is_ephemeral and configured and _is_default(setting) else []

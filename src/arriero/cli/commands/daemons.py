@@ -88,7 +88,9 @@ def run(role: str, values: Mapping[str, Any]) -> int:
         expected, rest = group.split(ArrieroError)
         if expected is None or rest is not None:
             return _tell_fault(role, group)
-        return _tell(role, _first(expected))
+        first = _first(expected)
+        assert isinstance(first, ArrieroError), "the group was split by this type"
+        return _tell(role, first)
     except Exception as error:  # noqa: BLE001 - The last line of the log must say why, with its traceback.
         return _tell_fault(role, error)
 
@@ -128,18 +130,17 @@ def _end_with(text: str) -> None:
     threading.Thread(target=watch, name="with-pid", daemon=True).start()
 
 
-def _first(group: BaseExceptionGroup[ArrieroError]) -> ArrieroError:
+def _first(error: BaseException) -> BaseException:
     """Return the first failure of a task group: the others followed from it."""
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, ArrieroError), "the group was split by this type"
-    return found
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _tell_fault(role: str, error: Exception) -> int:
     text = "".join(traceback.format_exception(error))
-    return _tell(role, ArrieroError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"), text)
+    first = _first(error)
+    return _tell(role, ArrieroError(ErrorCode.INTERNAL_ERROR, f"{type(first).__name__}: {first}"), text)
 
 
 def _tell(role: str, error: ArrieroError, trace: str = "") -> int:

@@ -82,13 +82,8 @@ def _make(row: Probe) -> click.Command:
         _show(result, as_json=as_json)
         return result.exit_code
 
-    return click.Command(
-        row.name,
-        params=_parameters(row),
-        callback=run,
-        help=row.help,
-        epilog=options.examples(_examples(row)),
-    )
+    shown = options.examples(_examples(row))
+    return click.Command(row.name, params=_parameters(row), callback=run, help=row.help, epilog=shown)
 
 
 def _examples(row: Probe) -> list[str]:

@@ -104,7 +104,7 @@ def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
             fail(ErrorCode.NODE_UNREACHABLE, "no node is ready: is an agent running?", nodes=nodes)
         return {"ready": True, "nodes": nodes}
 
-    @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
+    @get("/metrics", media_type="text/plain; version=0.0.4")
     async def scrape() -> bytes:
         """Return the counters in Prometheus' text form."""
         return metrics.exposition(o)
