@@ -1,0 +1,5 @@
+"""All scenarios."""
+
+from pytest_bdd import scenarios
+
+scenarios("features")
