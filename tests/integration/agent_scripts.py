@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arriero.contracts.records import WorkerRecord
+from arriero.contracts.records import WorkerRecord, WorkerRunRecord
 from arriero.runtime import state_dir
 from arriero.runtime.processes import Identity, is_alive
 from arriero.runtime.state_dir import socket_dir, worker_identity
@@ -30,14 +30,14 @@ def scripted(folder: Path, **script: Any) -> str:
 
 def token_of(agent: AgentProcess, worker_id: str) -> str:
     """Return a worker's token from its run record."""
-    found = state_dir.read(agent.state.worker_file(worker_id), state_dir.WorkerRunRecord)
+    found = state_dir.read(agent.state.worker_file(worker_id), WorkerRunRecord)
     assert found is not None
     return found.token
 
 
 def identity_of(agent: AgentProcess, worker_id: str) -> Identity:
     """Return a worker's process from its run record."""
-    found = state_dir.read(agent.state.worker_file(worker_id), state_dir.WorkerRunRecord)
+    found = state_dir.read(agent.state.worker_file(worker_id), WorkerRunRecord)
     assert found is not None
     return worker_identity(found)
 

@@ -292,7 +292,7 @@ def test_wrong_requests_are_told_what_is_wrong(one: AgentProcess) -> None:
         ({"model_ref": "file:///nonexistent/x.gguf"}, ErrorCode.INVALID_MODEL_PATH),
         ({"model_ref": "demo", "slot": 1}, ErrorCode.INVALID_REQUEST),
         ({"model_ref": "demo", "slots": 0}, ErrorCode.INVALID_REQUEST),
-        ({"model_ref": "hf:no/such", "engine": "steam"}, ErrorCode.INVALID_REQUEST),
+        ({"model_ref": "hf:no/such", "engine": "steam"}, ErrorCode.BACKEND_UNAVAILABLE),
         ([], ErrorCode.INVALID_REQUEST),
     ):
         with pytest.raises(ArrieroError) as refused:

@@ -9,7 +9,7 @@ from typing import cast
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
 from arriero.agent.events import Feed
-from arriero.agent.machine import Machine
+from arriero.agent.machine import Machine, look_at_machine
 from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
 from arriero.agent.provisioner import ModelProvisioner
@@ -80,18 +80,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock())
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
-                machine = await look_at_machine(settings.name_of_node(), state)
+                machine = await look_at_machine(settings.name_of_node(), state.home)
                 await _Agent(settings, state, url_of(sock), http, group, catalog, machine).live(sock, stop)
         finally:
             await catalog.close()
-
-
-async def look_at_machine(node: str, state: StateDir) -> Machine:
-    """Return what this machine has, its engines asked."""
-    versions, backends = await asyncio.to_thread(installed_engines)
-    machine = Machine(node=node, home=state.home, engines=versions, engine_backends=backends)
-    await machine.look_aside()
-    return machine
 
 
 class _Agent:
@@ -264,17 +256,3 @@ class _Agent:
             worker_tokens=self._supervisor.live_tokens(),
             downloads=self._provisioner.records(),
         )
-
-
-def installed_engines() -> tuple[dict[str, str], list[str]]:
-    """Return the engines with their versions, and the backends they were built for; blocks."""
-    versions: dict[str, str] = {}
-    backends: set[str] = set()
-    for name in engines.names():
-        try:
-            told = engines.kind(name).probe()
-        except ArrieroError:
-            continue
-        versions[name] = told.get("version", "")
-        backends.update(part for part in told.get("backends", "").split(",") if part)
-    return versions, sorted(backends)

@@ -200,6 +200,7 @@ class Spawner:
             context_tokens=plan.spec.context_tokens,
             run_dir=str(held.run_dir),
             lease_s=settings.lease_s,
+            ready_timeout_s=settings.worker_ready_timeout_s,
             stall_s=settings.stream_stall_s,
             loading_stall_s=settings.loading_stall_s,
             stop_grace_s=settings.stop_grace_s,

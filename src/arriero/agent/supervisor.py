@@ -19,7 +19,7 @@ from arriero.agent.held import Held, callback_token, slots_free, with_url
 from arriero.agent.worker_watch import WatchLimits, WorkerWatch
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import WorkerExit, WorkerHealth, WorkerRecord, WorkerRunRecord
-from arriero.contracts.requests import ReadyCallback
+from arriero.contracts.requests import EndBody, ReadyCallback
 from arriero.contracts.states import WorkerState
 from arriero.domain.preflight import Promises, promise
 from arriero.domain.restarts import CrashHistory, RestartPolicy
@@ -38,6 +38,8 @@ ENDED_KEPT_S: Final = 600.0
 #: A worker that said it has failed ends by itself within this time, or is killed.
 FAILED_LINGER_S: Final = 5.0
 DRAIN_ASK_TIMEOUT_S: Final = 2.0
+#: The worker's part of the grace time: then it tells its clients and unloads before it is killed.
+WORKER_GRACE_FRACTION: Final = 0.8
 LOG_TAIL_LINES: Final = 20
 EXIT_FILE: Final = "exit.json"
 _LOADING: Final = frozenset({WorkerState.STARTING, WorkerState.LOADING})
@@ -224,7 +226,10 @@ class Supervisor:
             return False
         try:
             await self._http.peer(url, held.token).call(
-                "POST", "/v1/admin/drain", timeout_s=DRAIN_ASK_TIMEOUT_S
+                "POST",
+                "/v1/admin/drain",
+                body=EndBody(grace_s=self._settings.stop_grace_s * WORKER_GRACE_FRACTION),
+                timeout_s=DRAIN_ASK_TIMEOUT_S,
             )
         except ArrieroError:
             return False

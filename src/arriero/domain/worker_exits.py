@@ -68,9 +68,10 @@ def _how(evidence: Evidence) -> str:
 
 
 def _stopped(evidence: Evidence, message: str) -> tuple[WorkerState, WorkerExit]:
-    return WorkerState.STOPPED, WorkerExit(
-        exit_code=evidence.exit_code, signal=evidence.signal, message=message
-    )
+    exit_code, signal = evidence.exit_code, evidence.signal
+    if exit_code is None and evidence.own_words is not None:
+        exit_code, signal = evidence.own_words.exit_code, evidence.own_words.signal
+    return WorkerState.STOPPED, WorkerExit(exit_code=exit_code, signal=signal, message=message)
 
 
 def _failed(evidence: Evidence, code: str | None, message: str) -> tuple[WorkerState, WorkerExit]:
@@ -79,7 +80,8 @@ def _failed(evidence: Evidence, code: str | None, message: str) -> tuple[WorkerS
     if own is not None and own.exit_code is not None:
         # A worker whose engine was killed tells of the engine; its own end says less.
         exit_code, signal = own.exit_code, own.signal
-    tail = list(evidence.log_tail) or (own.log_tail if own is not None else [])
+    # What it wrote down are its engine's last words; its log may end with something else.
+    tail = (own.log_tail if own is not None else []) or list(evidence.log_tail)
     return WorkerState.FAILED, WorkerExit(
         exit_code=exit_code,
         signal=signal,

@@ -24,6 +24,9 @@ LINE_BYTES_MAX: Final = 64 << 10
 _READ_BYTES: Final = 64 << 10
 _TERMINATE_WAIT_S: Final = 1.0
 _KILLED_WAIT_S: Final = 10.0
+# One below what llama.cpp calls them: it warns of each prompt that it has cached, and takes a request
+# that it refuses for an error.  Why it ended is told by the log's tail.
+_LEVELS: Final = {"W": logging.INFO, "E": logging.WARNING}
 _logger: Final = logging.getLogger("arriero.engine")
 
 
@@ -73,8 +76,9 @@ class EngineChild:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **env},
             cwd="/",
-            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.
-            process_group=0,
+            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.  (uvloop knows
+            # no `process_group`.)
+            start_new_session=True,
         )
         child = cls(process, hidden, on_log)
         # Owned by this object: it ends with the process, and `stop` waits for it.
@@ -136,6 +140,10 @@ class EngineChild:
         self._is_stopping = True
         self._signal(signal.SIGKILL)
 
+    def crash(self) -> None:
+        """Kill it as an accident: it then counts as ended by itself (the fake engine's knob)."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: int) -> None:
         # Not yet reaped means that the pid is still its own.
         if self._process.returncode is None:
@@ -177,8 +185,7 @@ class EngineChild:
             self._on_log(text)
         # llama.cpp: "0.00.011.704 I srv  init: …"
         words = text.split(maxsplit=2)
-        level = {"W": logging.WARNING, "E": logging.ERROR}.get(words[1] if len(words) > 1 else "")
-        _logger.log(level or logging.DEBUG, "%s", text)
+        _logger.log(_LEVELS.get(words[1] if len(words) > 1 else "", logging.DEBUG), "%s", text)
 
 
 def resident_mb(pid: int) -> int:

@@ -13,12 +13,17 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+def names() -> list[str]:
+    """Return the names of all kinds."""
+    return sorted(KINDS)
+
+
 def kind(name: str) -> EngineKind:
     """Return the kind of engine called `name`.  Raises BACKEND_UNAVAILABLE if there is none."""
     if name not in KINDS:
         fail(
             ErrorCode.BACKEND_UNAVAILABLE,
-            f"there is no engine {name!r}; there are {', '.join(sorted(KINDS))}",
+            f"there is no engine {name!r}; there are {', '.join(names())}",
             engine=name,
         )
     module, attribute = KINDS[name]

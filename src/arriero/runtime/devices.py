@@ -54,10 +54,10 @@ class Nvml(Protocol):
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any: ...  # noqa: N802, D102
 
 
-def read() -> DeviceReport:
-    """Return all devices of this machine; blocks for some milliseconds."""
+def read(processor: str = "") -> DeviceReport:
+    """Return all devices of this machine, the CPU by the name given; blocks for some milliseconds."""
     total = memory()
-    reports = [DeviceReport((cpu(cpu_name(), total),))]
+    reports = [DeviceReport((cpu(processor or cpu_name(), total),))]
     reports.append(nvidia(_pynvml(), os.environ))
     if platform.system() == "Darwin":
         reports.append(metal(_sysctl, total))

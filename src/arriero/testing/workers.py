@@ -144,6 +144,10 @@ class HandWorker:
         if state not in self.states():
             raise TimeoutError(f"the worker ended before it was {state}: {self.process.poll()}")
 
+    def wait_logged(self, event: str, timeout_s: float = START_S) -> None:
+        """Wait until it logged an event.  Raises TimeoutError if it does not."""
+        wait_until(lambda: bool(self.logged(event)), event, timeout_s)
+
     def wait_exit(self, timeout_s: float = STOP_S) -> int:
         """Wait for its end and return its exit code."""
         return self.process.wait(timeout_s)

@@ -56,7 +56,7 @@ def main() -> int:
     logs.configure(role="worker")
     try:
         spec = _read_spec()
-        engine = registry.get(spec.engine).create()
+        engine = registry.kind(spec.engine).create()
         with bind(HOST, spec.port_base, tries=PORT_TRIES) as sock, _run_dir(spec) as run_dir:
             return _live(spec, engine, sock, run_dir)
     except ArrieroError as error:

@@ -113,6 +113,6 @@ class Core:
             raise ArrieroError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has {count} tokens or more, the context of a slot holds {limit}",
-                prompt_tokens=count,
-                context_tokens=limit,
+                n_prompt_tokens=count,
+                n_ctx=limit,
             )

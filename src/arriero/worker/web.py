@@ -98,11 +98,18 @@ def decode(content: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error, msgspec.json.decode(content)) from error
+        raise _invalid(error, _given(content)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error
     except RecursionError as error:
         raise ArrieroError(ErrorCode.INVALID_REQUEST, "the body is nested too deeply") from error
+
+
+def _given(content: bytes) -> Any:
+    try:
+        return msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError):
+        return None  # Wrong further on as well; the first thing wrong is told.
 
 
 def convert(value: Mapping[str, Any], kind: type[T]) -> T:
@@ -166,7 +173,7 @@ class Router:
 
     def _find(self, method: str, path: str) -> Handler:
         known = path
-        if path not in self._methods:
+        if path not in self._methods or path.endswith("/"):
             parent, _, name = path.rpartition("/")
             known = f"{parent}/"
             if not name or known not in self._methods:

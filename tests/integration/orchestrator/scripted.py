@@ -80,6 +80,7 @@ class ScriptedWorker:
         self.go_on = asyncio.Event()
         self.held = asyncio.Event()
         self.cut_off = asyncio.Event()
+        self.asked = asyncio.Event()
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self._site: web.TCPSite | None = None
         self._runner: web.AppRunner | None = None
@@ -110,6 +111,7 @@ class ScriptedWorker:
     def _enter(self, request: web.Request, body: Any) -> None:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             raise web.HTTPUnauthorized
+        self.asked.set()
         self.seen.append((request.path_qs, {k.lower(): v for k, v in request.headers.items()}, body))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -387,6 +389,18 @@ class RunningOrchestrator:
             while not is_so(answer := await self.get(path)):  # noqa: ASYNC110 - Another process.
                 await asyncio.sleep(0.02)
         return answer
+
+    async def until_refused(self) -> None:
+        """Wait until no new connection is taken."""
+        host, port = self.url.removeprefix("http://").split(":")
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection(host, int(port))
+                except OSError:
+                    return
+                writer.close()
+                await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -54,10 +54,8 @@ class OpenAiRoutes:
         """Answer a vector for each input."""
         body = await request.decode(EmbeddingsBody)
         abilities = self._core.host.engine.abilities
-        if not (abilities.embeddings and self._core.spec.is_embedding):
-            raise ArrieroError(
-                ErrorCode.INVALID_REQUEST, "this model was not loaded for embeddings", param="model"
-            )
+        if not abilities.embeddings:
+            raise ArrieroError(ErrorCode.INVALID_REQUEST, "this engine makes no embeddings", param="model")
         return EmbeddingAnswer(self._core, request, body)
 
     def _generation(
