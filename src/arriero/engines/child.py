@@ -76,8 +76,8 @@ class EngineChild:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **env},
             cwd="/",
-            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.
-            process_group=0,
+            # Its own session: Ctrl-C in the worker's terminal is the worker's to handle.
+            start_new_session=True,
         )
         child = cls(process, hidden, on_log)
         # Owned by this object: it ends with the process, and `stop` waits for it.
