@@ -152,7 +152,9 @@ class World:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ARRIERO_")}
         return {**kept, "ARRIERO_HOME": str(self.tmp / "no-pool"), "NO_COLOR": "1"}
 
-    def probe(self, name: str, *arguments: str, look_up: bool = True, has_worker: bool = True) -> dict[str, Any]:
+    def probe(
+        self, name: str, *arguments: str, look_up: bool = True, has_worker: bool = True
+    ) -> dict[str, Any]:
         """Run `arriero probe NAME …` to its end, keep how it ended, and return what it saw."""
         given = [name, *arguments, "--json"]
         if look_up and self.url is not None:

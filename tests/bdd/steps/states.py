@@ -47,7 +47,11 @@ def given_request_meanwhile(world: World) -> None:
         limit = ["--max-tokens", str(world.max_tokens)] if world.max_tokens is not None else []
         asking = [*ARRIERO, "probe", "tokens", "--prompt", world.prompt, *limit]
         process = subprocess.Popen(
-            asking, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=world.env
+            asking,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=world.env,
         )
         world.ends.callback(process.wait, 20)
         LOG.info("a request is on its way")
