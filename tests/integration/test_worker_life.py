@@ -17,6 +17,7 @@ from arriero.contracts.states import WorkerState
 from arriero.runtime import processes
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.sse import SseEvent
+from arriero.testing import memory_limit
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.workers import HandStarter, HandWorker, hand_starter
 
@@ -381,3 +382,39 @@ def test_a_lease_of_nothing_lasts_as_long_as_the_agent(starter: HandStarter, tmp
         agent.wait()
     assert worker.wait_exit() == 0
     assert "draining" in worker.states()
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not memory_limit.can_limit(), reason="making a memory cgroup needs root")
+async def test_an_engine_killed_for_memory_is_told_with_its_proof(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model.gguf")
+    with memory_limit.memory_limit("worker") as limit, hand_starter(tmp_path) as starter:
+        worker = starter.start(
+            engine="llamacpp",
+            model_path=str(model),
+            context_tokens=4096,
+            slots=1,
+            prefix=limit.join_command,
+        )
+        async with peer_of(worker) as peer:
+            state = peer.events("/v1/state")
+            running = await begun(peer)
+            limit.set_mib(limit.used_mib + 8)
+            with limit.ballast(64):
+                assert await end_of(running) == "OUT_OF_MEMORY"
+                last = ""
+                async for event in state:
+                    last = last if event.is_done else event.data
+                health = msgspec.json.decode(last, type=WorkerHealth)
+                assert await exit_code(worker) == 137
+        assert health.state is WorkerState.FAILED
+        assert health.exit is not None and health.exit == worker.exit_file()
+        assert (health.exit.code, health.exit.exit_code, health.exit.signal) == (
+            "OUT_OF_MEMORY",
+            137,
+            "SIGKILL",
+        )
+        assert limit.oom_kills >= 1

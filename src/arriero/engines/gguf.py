@@ -104,11 +104,14 @@ def read_header(path: Path, take_token: TakeToken | None = None) -> GgufHeader:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path.
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: {reason}", file=name) from error
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: not a regular file", file=name)
-        return _Reader(file, name, status.st_size, take_token).read(path)
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            return _Reader(file, name, status.st_size, take_token).read(path)
+    finally:
+        os.close(descriptor)
 
 
 def shown_name(path: Path) -> str:

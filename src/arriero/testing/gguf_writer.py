@@ -5,6 +5,7 @@ the real engine loads; its answers mean nothing and are the same each time.  A t
 broken file edits the description before `write`, or the bytes afterwards.
 """
 
+import functools
 import random
 import struct
 from collections.abc import Iterator
@@ -95,15 +96,14 @@ class GgufFile:
             parts.append(_text(tensor.name))
             parts.append(struct.pack("<I", len(tensor.shape) if dimensions is None else dimensions))
             parts.append(struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape))
-            parts.append(struct.pack("<IQ", tensor.type_number, claimed))
+            parts.append(struct.pack("<IQ", tensor.type_number, claimed % (1 << 64)))
             offset += self._padded(tensor.size_bytes())
         head = b"".join(parts)
         return head + b"\0" * (self._padded(len(head)) - len(head))
 
     def write(self, path: Path) -> Path:
         """Write the file, real bytes without holes, and return its path."""
-        chance = random.Random(self.seed)
-        pool = tuple(chance.gauss(0.0, 0.2) for _ in range(_POOL))
+        pool = _numbers(self.seed)
         with path.open("wb") as file:
             file.write(self.header())
             for number, tensor in enumerate(self.tensors):
@@ -199,6 +199,12 @@ def _llama_tensors(shape: LlamaShape, vocabulary: int) -> Iterator[Tensor]:
 
 #: Prime, so that the rows of a matrix that repeats the pool do not repeat.
 _POOL: Final = 65_521
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(seed: int) -> tuple[float, ...]:
+    chance = random.Random(seed)
+    return tuple(chance.gauss(0.0, 0.2) for _ in range(_POOL))
 
 
 def _write_numbers(file: BinaryIO, tensor: Tensor, pool: tuple[float, ...], number: int) -> None:
