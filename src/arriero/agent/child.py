@@ -82,10 +82,12 @@ class Child:
         return processes.exit_code_of(self._popen.returncode)
 
     def abandon(self) -> None:
-        """Let go of a process that was started and never handed its spec: it ends by itself."""
-        if self._popen is not None and self._popen.stdin is not None:
-            self._popen.stdin.close()
-            self._popen.wait(timeout=processes.KILLED_WAIT_S)
+        """Kill a process that was started and is not handed its spec."""
+        assert self._popen is not None, "an adopted worker has its spec"
+        assert self._popen.stdin is not None, "a worker is started with a pipe as stdin"
+        self._popen.stdin.close()
+        self.kill()
+        self._popen.wait(timeout=processes.KILLED_WAIT_S)
 
     def _has_ended(self) -> bool:
         if self._popen is not None:
