@@ -6,8 +6,6 @@ import signal
 import socket
 from typing import Final, cast
 
-import msgspec
-
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
@@ -38,10 +36,9 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
 
     `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
     end it also ends the local agent, and with it the workers, and waits for them.
-    Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE, INVALID_SETTINGS before it serves.
+    Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE before it serves.
     """
     logs.configure(level=settings.log_level, role=ROLE)
-    _check(settings)
     folder = StateDir(settings.home_path())
     folder.prepare()
     with folder.lock(ROLE):
@@ -53,15 +50,6 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
             if cascades:
                 _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
     return 0
-
-
-def _check(settings: Settings) -> None:
-    try:
-        msgspec.json.decode(settings.engine_options, type=dict)
-    except msgspec.DecodeError as error:
-        raise ArrieroError(
-            ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}", problems=[str(error)]
-        ) from error
 
 
 async def _run(

@@ -25,6 +25,7 @@ from arriero.orchestrator.courier import (
     EventCutter,
     Refused,
     hop_headers,
+    silence_limit_s,
 )
 from arriero.orchestrator.exchange import Exchange
 from arriero.orchestrator.nodes import NodeRegistry
@@ -76,7 +77,7 @@ class TaskRunner:
         self._courier = courier
         self._counters = counters
         self._clock = clock
-        self._stall_s = stall_s * 1.1 + 1
+        self._stall_s = silence_limit_s(stall_s)
 
     async def run(self, task: Task, exchange: Exchange) -> None:
         """Compute a task; its events are told as they come.  Raises why it could not be."""
@@ -148,7 +149,7 @@ class TaskRunner:
 
     async def _read(self, task: Task, connection: Connection) -> None:
         """Turn the worker's frames into events.  Raises Lost, Silent, and the error of an error event."""
-        connection.beat(BEAT_S)
+        connection.beat(min(BEAT_S, self._stall_s))
         cutter = EventCutter()
         while True:
             chunk = await connection.read(stall_s=self._stall_s)

@@ -1,10 +1,11 @@
 """Which questions of management does the orchestrator answer?"""
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response, delete, get, post
+from litestar.params import Parameter
 from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
@@ -149,12 +150,16 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
 
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/workers")
-    async def list_workers(model_ref: str | None = None, node: str | None = None, all: int = 0) -> WorkerList:  # noqa: A002
+    async def list_workers(
+        model_ref: str | None = None,
+        node: str | None = None,
+        with_ended: Annotated[bool, Parameter(query="all")] = False,
+    ) -> WorkerList:
         """Return the live workers; with `all=1` also those that ended lately."""
         live = o.registry.workers.select(model_ref=model_ref, node=node)
         ended = [
             record
-            for record in (o.registry.ended() if all else [])
+            for record in (o.registry.ended() if with_ended else [])
             if model_ref in (None, record.model_ref) and node in (None, record.node)
         ]
         return WorkerList([o.registry.public(record) for record in [*ended, *live]])
