@@ -94,7 +94,7 @@ async def _serve(
     o: Orchestrator, folder: StateDir, sock: socket.socket, group: asyncio.TaskGroup, *, is_background: bool
 ) -> None:
     settings = o.settings
-    url = url_of(sock)
+    url = _url_for_peers(sock)
     o.registry.public_url = url
 
     async def started() -> None:
@@ -146,6 +146,11 @@ async def _leave_when_idle(o: Orchestrator, clock: Clock, idle_s: float) -> None
             logs.get("arriero.orchestrator").info("leaving", idle_s=idle_s)
             o.stop.set()
             return
+
+
+def _url_for_peers(sock: socket.socket) -> str:
+    """Return the address that programs of this machine reach us at, also where we listen on all."""
+    return url_of(sock).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _run_record(url: str, folder: StateDir) -> RunRecord:

@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from arriero.contracts.errors import ErrorCode, ErrorResponse, from_body
+from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.events import (
     TaskDownloading,
     TaskEnd,
@@ -78,6 +78,13 @@ class TaskRunner:
         self._counters = counters
         self._clock = clock
         self._stall_s = silence_limit_s(stall_s)
+
+    def count_failure(self, error: ArrieroError) -> None:
+        """Count a task that did not come to its end."""
+        if error.code is ErrorCode.REQUEST_CANCELLED:
+            self._counters.cancelled += 1
+        else:
+            self._counters.failures += 1
 
     async def run(self, task: Task, exchange: Exchange) -> None:
         """Compute a task; its events are told as they come.  Raises why it could not be."""
@@ -204,7 +211,13 @@ class TaskRunner:
                     message=f"{frame.total_tokens} tokens in {frame.duration_ms} ms",
                 )
             )
-            task.tell(TaskEnd(finish_reason=frame.finish_reason))
+            task.tell(
+                TaskEnd(
+                    finish_reason=frame.finish_reason,
+                    actor=task.record.worker_id or "",
+                    message=f"the answer is whole: {frame.finish_reason}",
+                )
+            )
             return True
         return False
 
