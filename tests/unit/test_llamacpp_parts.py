@@ -1,6 +1,6 @@
 """Do the parts of the llama.cpp adapter read what llama.cpp writes?  (Without the engine.)"""
 
-# ruff: noqa: E501  Rows of tables, and lines as the engine writes them.
+
 
 import json
 from pathlib import Path

@@ -5,7 +5,11 @@ from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response, delete, get, post
+<<<<<<< HEAD
 from litestar.params import FromPath, FromQuery, QueryParameter
+=======
+from litestar.params import Parameter
+>>>>>>> orchestrator
 from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
@@ -22,6 +26,7 @@ from arriero.contracts.records import (
     WorkerRecord,
 )
 from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
+from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants
 from arriero.orchestrator import metrics
@@ -153,7 +158,13 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/workers")
     async def list_workers(
+<<<<<<< HEAD
         model_ref: FromQuery[str | None] = None, node: FromQuery[str | None] = None, with_ended: All = 0
+=======
+        model_ref: str | None = None,
+        node: str | None = None,
+        with_ended: Annotated[bool, Parameter(query="all")] = False,
+>>>>>>> orchestrator
     ) -> WorkerList:
         """Return the live workers; with `all=1` also those that ended lately."""
         live = o.registry.workers.select(model_ref=model_ref, node=node)
@@ -210,6 +221,8 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         started = await node.peer.call(
             "POST", "/v1/models/download", body=DownloadBody(model_ref=body.model_ref), answer=DownloadStarted
         )
+        # Known at once, whichever comes first: the next request or the agent's event.
+        node.downloads.setdefault(started.download_id, _queued(started.download_id, body.model_ref))
         return DownloadAccepted(
             download_id=started.download_id,
             progress_url=f"/v1/downloads/progress?download_id={started.download_id}",
@@ -228,6 +241,16 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
 
     return [list_downloads, start_download, get_download, cancel_download]
+
+
+def _queued(download_id: str, model_ref: str) -> DownloadRecord:
+    return DownloadRecord(
+        download_id=download_id,
+        model_ref=model_ref,
+        state=DownloadState.QUEUED,
+        bytes_downloaded=0,
+        bytes_total=None,
+    )
 
 
 def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
