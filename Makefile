@@ -50,7 +50,7 @@ train:
 
 ## Makes docs/reference anew from the tables in the code.
 docs: $(VENV)/.dev
-	$(BIN)/python tools/docs.py
+	$(BIN)/python -m tools.docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests tools

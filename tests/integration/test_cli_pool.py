@@ -65,15 +65,13 @@ def test_status_without_a_pool_exits_1_and_says_how_to_start_one(home: Home) -> 
         assert asked.code == 1 and "error: NOT_RUNNING: " in asked.err, command
 
 
-def test_up_with_a_taken_port_leaves_nothing_running(home: Home) -> None:
+@pytest.mark.parametrize("flag", ["--port", "--agent-port"])
+def test_up_with_a_taken_port_leaves_nothing_running(home: Home, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = home.run("up", "--port", str(port))
-        assert done.code == 1 and done.out == ""
-        assert f"error: PORT_IN_USE: port {port} on 127.0.0.1 is taken" in done.err
-        home.assert_clean()
-        agent = home.run("up", "--agent-port", str(port), "--json", "-q")
-        assert agent.code == 1 and agent.json["error"]["code"] == "PORT_IN_USE"
+        done = home.run("up", flag, str(port))
+    assert done.code == 1 and done.out == ""
+    assert f"error: PORT_IN_USE: port {port} on 127.0.0.1 is taken" in done.err
     home.assert_clean()
 
 
@@ -102,6 +100,11 @@ def test_a_home_that_is_a_file_is_one_clear_error(home: Home) -> None:
     doctor = home.run("doctor", "--json")
     assert doctor.code == 1
     assert [check["name"] for check in doctor.json["checks"] if check["level"] == "fail"] == ["home"]
+
+
+def test_a_home_that_cannot_be_made_is_one_clear_error(home: Home) -> None:
+    done = home.run("up", "--json", ARRIERO_HOME="/proc/nowhere")
+    assert done.code == 1 and done.json["error"]["code"] == "STATE_DIR_UNUSABLE"
 
 
 def test_wrong_settings_of_a_daemon_exit_2(home: Home) -> None:
@@ -167,16 +170,16 @@ def test_two_commands_at_once_start_one_pool(home: Home) -> None:
     home.assert_clean()
 
 
-def test_up_in_the_foreground_ends_all_by_a_signal(home: Home) -> None:
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 0)):
-        process = home.start("up", "--foreground")
-        assert process.stdout is not None
-        while not process.stdout.readline().startswith(b"agent"):
-            assert process.poll() is None
-        assert home.run("status").code == 0
-        done = cli.interrupt(process, number)
-        assert done.code == code, done
-        home.assert_clean()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_in_the_foreground_ends_all_by_a_signal(home: Home, number: int) -> None:
+    process = home.start("up", "--foreground")
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(b"agent"):
+        assert process.poll() is None
+    assert home.run("status").code == 0
+    done = cli.interrupt(process, number)
+    assert done.code == 0, done
+    home.assert_clean()
 
 
 def test_daemons_of_a_foreground_pool_do_not_outlive_a_killed_command(home: Home) -> None:

@@ -30,7 +30,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """Return an environment without settings of the machine, with a state folder of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("ARRIERO_")}
     env.pop("NO_COLOR", None)
-    env |= {"ARRIERO_HOME": str(home), "ARRIERO_CONFIG": os.devnull, "PYTHONWARNINGS": "error"}
+    env |= {"ARRIERO_HOME": str(home), "ARRIERO_CONFIG": os.devnull}
     return env | more
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-
 from tools.train_demo import grammar
 from tools.train_demo.chat import render
 from tools.train_demo.tokenizer import pre_tokenize, train_tokenizer

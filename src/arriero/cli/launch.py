@@ -18,12 +18,14 @@ from arriero.client.api import Agent, Orchestrator
 from arriero.client.connection import Limits
 from arriero.contracts.errors import KINDS, ArrieroError, ErrorBody, ErrorCode, from_body
 from arriero.contracts.records import RunRecord
+from arriero.contracts.states import NodeState
 from arriero.runtime import processes
 from arriero.runtime.state_dir import StateDir, run_identity
 
 START_TIMEOUT_S: Final = 60.0
 STOP_AT_FAILURE_S: Final = 5.0
 _POLL_S: Final = 0.02
+_LOOK_TIMEOUT_S: Final = 2.0
 _LOG_LINES: Final = 10
 #: Another start in the same folder is waited for so long.
 _TURN_TIMEOUT_S: Final = 90.0
@@ -80,7 +82,7 @@ class Launch:
         self._running[plan.role] = (plan, process, offset)
 
     def wait(self, timeout_s: float) -> dict[str, Started]:
-        """Wait until all that were begun answer.
+        """Wait until all that were begun answer, and the orchestrator knows this machine's agent.
 
         Raises the error a daemon ended with (DAEMON_START_FAILED if it said none, or does not answer
         within `timeout_s`); then, and on any interruption, nothing that was begun is left running.
@@ -95,12 +97,11 @@ class Launch:
                         answering[role] = found
                 if time.monotonic() > deadline:
                     role = waiting[0]
-                    raise ArrieroError(
-                        ErrorCode.DAEMON_START_FAILED,
-                        f"the {role} does not answer after {timeout_s:g} s",
-                        role=role,
-                        log_tail=processes.tail(self._state.log_file(role), _LOG_LINES),
-                    )
+                    raise self._too_late(role, f"does not answer after {timeout_s:g} s")
+                time.sleep(_POLL_S)
+            while not _has_joined(self._state):
+                if time.monotonic() > deadline:
+                    raise self._too_late("orchestrator", f"did not reach the agent within {timeout_s:g} s")
                 time.sleep(_POLL_S)
         except BaseException:
             self.end()
@@ -148,6 +149,10 @@ class Launch:
             return None
         raise error
 
+    def _too_late(self, role: str, what: str) -> ArrieroError:
+        tail = processes.tail(self._state.log_file(role), _LOG_LINES)
+        return ArrieroError(ErrorCode.DAEMON_START_FAILED, f"the {role} {what}", role=role, log_tail=tail)
+
     def _died(self, role: str, returncode: int) -> ArrieroError:
         code, signal_name = processes.exit_code_of(returncode)
         how = f"was ended by {signal_name}" if signal_name else f"ended with exit code {code}"
@@ -185,7 +190,7 @@ def turn(state: StateDir) -> Iterator[None]:
         os.close(fd)
 
 
-def answers(role: str, record: RunRecord, *, timeout_s: float = 2.0) -> bool:
+def answers(role: str, record: RunRecord, *, timeout_s: float = _LOOK_TIMEOUT_S) -> bool:
     """Return whether a daemon answers its health route."""
     limits = Limits(connect_s=timeout_s, total_s=timeout_s)
     kind = Agent if role == "agent" else Orchestrator
@@ -194,6 +199,24 @@ def answers(role: str, record: RunRecord, *, timeout_s: float = 2.0) -> bool:
     except ArrieroError:
         return False
     return True
+
+
+def _has_joined(state: StateDir) -> bool:
+    """Return whether the orchestrator has a connection to the agent; True where not both run."""
+    orchestrator, agent = state.running("orchestrator"), state.running("agent")
+    if orchestrator is None or agent is None:
+        return True
+    limits = Limits(connect_s=_LOOK_TIMEOUT_S, total_s=_LOOK_TIMEOUT_S)
+    try:
+        name = Agent(agent.url, agent.token, limits=limits).health().name
+        nodes = Orchestrator(orchestrator.url, orchestrator.token, limits=limits).nodes()
+    except ArrieroError:
+        return False
+    # An orchestrator that lives on still shows the node of the agent before this one.
+    return any(
+        node.name == name and node.status is NodeState.READY and node.last_connected_unix >= agent.started
+        for node in nodes
+    )
 
 
 def with_us() -> list[str]:

@@ -165,8 +165,8 @@ def smaller_contexts(context_tokens: int, *, least: int = 512) -> Iterable[int]:
     """Yield the contexts to try, largest first: halved until `least`."""
     while context_tokens > least:
         yield context_tokens
-        context_tokens //= 2
-    yield min(context_tokens, least) if context_tokens < least else least
+        context_tokens = max(context_tokens // 2, least)
+    yield context_tokens
 
 
 def offered_backends(engine_backends: Sequence[str], devices: Sequence[DeviceRecord]) -> tuple[str, ...]:

@@ -80,7 +80,8 @@ def _failed(evidence: Evidence, code: str | None, message: str) -> tuple[WorkerS
     if own is not None and own.exit_code is not None:
         # A worker whose engine was killed tells of the engine; its own end says less.
         exit_code, signal = own.exit_code, own.signal
-    tail = list(evidence.log_tail) or (own.log_tail if own is not None else [])
+    # What it wrote down are its engine's last words; its log may end with something else.
+    tail = (own.log_tail if own is not None else []) or list(evidence.log_tail)
     return WorkerState.FAILED, WorkerExit(
         exit_code=exit_code,
         signal=signal,

@@ -1,5 +1,6 @@
 """Does a worker load its model, and does it tell how far it is?"""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -15,20 +16,22 @@ NAME: Final = "loading-progress"
 TIMEOUT_S: Final = 60.0
 
 
-def loading_progress(where: Where, *, timeout_s: float = TIMEOUT_S) -> ProbeResult:
-    """Read a worker's loading up to the stage `ready`, for `timeout_s` at most."""
+def loading_progress(
+    where: Where, *, timeout_s: float = TIMEOUT_S, tell: Callable[[str], None] | None = None
+) -> ProbeResult:
+    """Read a worker's loading up to the stage `ready`, for `timeout_s` at most; `tell` hears of its steps."""
 
     def question(seen: dict[str, Any]) -> None:
         seen.update(events=0, frames=[])
         try:
-            _read(where, timeout_s, seen)
+            _read(where, timeout_s, seen, tell)
         except ArrieroError as error:
             raise in_terms_of(PROGRESS_CODES, error, also=(ErrorCode.NO_WORKERS,)) from error
 
     return ask(NAME, question)
 
 
-def _read(where: Where, timeout_s: float, seen: dict[str, Any]) -> None:
+def _read(where: Where, timeout_s: float, seen: dict[str, Any], tell: Callable[[str], None] | None) -> None:
     loading = (WorkerState.LOADING, WorkerState.STARTING)
     worker, record = find_worker(where, PROGRESS_CODES, prefer=loading, timeout_s=timeout_s)
     seen["worker_id"] = record.worker_id if record else None
@@ -46,6 +49,8 @@ def _read(where: Where, timeout_s: float, seen: dict[str, Any]) -> None:
                     before=highest,
                     after=frame.fraction,
                 )
+            if tell is not None:
+                tell(f"[probe] {frame.stage} {frame.fraction:.0%}")
             highest = frame.fraction
             is_ready = frame.stage == "ready"
     if not is_ready:

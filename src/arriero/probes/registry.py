@@ -78,6 +78,7 @@ _ROWS: Final = (
             ),
         ),
         is_of_url=True,
+        is_telling=True,
         url_replaces="",
     ),
     Probe(
@@ -86,6 +87,7 @@ _ROWS: Final = (
         loading_progress.loading_progress,
         loading_progress.TIMEOUT_S,
         has_worker=True,
+        is_telling=True,
     ),
     Probe(
         tokens.NAME,
@@ -98,6 +100,7 @@ _ROWS: Final = (
             Option("--max-tokens", "max_tokens", "Ask for so many at most.", int),
         ),
         has_worker=True,
+        is_telling=True,
     ),
     Probe(
         worker_health.NAME,

@@ -1,5 +1,6 @@
 """Does a worker stream tokens, every one of them and each once?"""
 
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from arriero.client.api import inference_frames
@@ -22,11 +23,12 @@ def tokens(
     expect_tokens: int | None = None,
     max_tokens: int | None = None,
     timeout_s: float = TIMEOUT_S,
+    tell: Callable[[str], None] | None = None,
 ) -> ProbeResult:
     """Ask a worker for tokens and check that the stream is whole, for `timeout_s` at most.
 
     Whole: begun, indexes from 0 without a gap, the `done` frame's count the number of tokens that
-    came, `[DONE]` last, at least one token unless none are expected.
+    came, `[DONE]` last, at least one token unless none are expected.  `tell` hears of the first token.
     """
 
     def question(seen: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ def tokens(
             with worker.infer_stream(
                 body, connect_s=min(timeout_s, 10.0), silence_s=timeout_s, total_s=timeout_s
             ) as stream:
-                count = _read(stream, seen)
+                count = _read(stream, seen, tell)
         except ArrieroError as error:
             raise in_terms_of(TOKEN_CODES, error, also=also) from error
         _check(count, expect_tokens)
@@ -47,7 +49,7 @@ def tokens(
     return ask(NAME, question)
 
 
-def _read(stream: EventStream, seen: dict[str, Any]) -> int:
+def _read(stream: EventStream, seen: dict[str, Any], tell: Callable[[str], None] | None) -> int:
     count = 0
     done: DoneFrame | None = None
     for frame in inference_frames(stream):
@@ -69,6 +71,8 @@ def _read(stream: EventStream, seen: dict[str, Any]) -> int:
                         actual_index=frame.index,
                     )
                 count += 1
+                if count == 1 and tell is not None:
+                    tell("[probe] the first token has come")
                 if count <= SHOWN_MAX:
                     seen["tokens"].append(frame.token)
                     seen["token_ids"].append(frame.id)

@@ -230,7 +230,7 @@ class Pool:
 
         def look() -> bool:
             if process.poll() is not None:
-                raise NeverSo(f"the {role} ended with {process.returncode}: {self._words(role)}")
+                raise NeverSo(f"the {role} ended with {process.returncode}")
             record = self.state.running(role)
             return record is not None and record.pid == process.pid
 
@@ -246,7 +246,7 @@ class Pool:
             return False
 
     def _words(self, role: Role) -> str:
-        return "\n".join(tail(self.home / f"{role}.out", 20))
+        return "\n".join(tail(self.home / f"{role}.out", 3))
 
 
 def _text(value: object) -> str:

@@ -19,6 +19,19 @@ from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, sen
 
 Handler: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 _RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+#: Path, method and purpose of the routes that are answered here and not by the management routes.
+STREAM_ROUTES: Final = (
+    ("/v1/chat/completions", "POST", "OpenAI's chat, streamed or not."),
+    ("/v1/completions", "POST", "OpenAI's completions, streamed or not."),
+    ("/v1/embeddings", "POST", "OpenAI's embeddings."),
+    ("/v1/downloads/progress", "GET", "Follow a download (`download_id`) as events."),
+    ("/v1/downloads/{download_id}/progress", "GET", "Follow a download as events."),
+    ("/v1/events", "GET", "Follow nodes, workers and tasks as events."),
+    ("/v1/tasks", "POST", "Accept a task (202), or run it as an event stream that owns it."),
+    ("/v1/tasks/{task_id}/events", "GET", "Follow a task's events, from `Last-Event-ID` on."),
+    ("/v1/workers/{worker_id}/logs", "GET", "Return a worker's log; with `follow=1` until it ends."),
+    ("/v1/workers/{worker_id}/proxy/{path}", "ANY", "Any route of a worker, wherever it lives."),
+)
 
 
 class Front:
