@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tools import docs
+from tools import docs, docs_http
 
 from arriero.contracts.errors import KINDS, ErrorCode
 
@@ -92,6 +92,11 @@ def test_time_and_chance_are_handed_in() -> None:
 
 def test_reference_pages_are_what_the_code_says() -> None:
     assert docs.stale() == [], "make docs"
+
+
+def test_every_route_says_what_it_does() -> None:
+    silent = [row for rows in docs_http.rows().values() for row in rows if not row[2].endswith(".")]
+    assert silent == []
 
 
 def test_every_code_has_a_heading_a_meaning_and_advice() -> None:
