@@ -13,6 +13,9 @@ from tests.support.home import Home, until
 
 from arriero.runtime import processes
 
+# A pool comes up and down, more than once in some tests, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(120)
+
 
 @pytest.fixture
 def home() -> Iterator[Home]:
