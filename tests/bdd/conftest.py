@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from pytest_bdd.steps import StepNamePrefix
 
 from arriero.testing.memory_limit import can_limit
 from tests.bdd.world import World
@@ -19,7 +20,9 @@ STEP_MODULES = (
 # pytest-bdd finds steps among a conftest's own names.
 for _module in STEP_MODULES:
     _steps = vars(importlib.import_module(f"tests.bdd.steps.{_module}"))
-    globals().update({name: step for name, step in _steps.items() if name.startswith("__pytest_bdd")})
+    globals().update(
+        {name: step for name, step in _steps.items() if name.startswith(StepNamePrefix.step_def.value)}
+    )
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ class World:
     _is_failure_seen: bool = True
     _tmp: Path | None = None
     _words_path: Path = Path("/nonexistent")
+    _before_stop: list[Callable[[], object]] = field(default_factory=list)
 
     # --- Parts ------------------------------------------------------------------------------------
 
@@ -240,10 +241,17 @@ class World:
         """Fail if the last step failed and the scenario passed that over."""
         assert self._is_failure_seen, f"a step ended with {self.last_exit_code} {self.last_error}"
 
+    def at_end(self, end: Callable[[], object]) -> None:
+        """Have something done when the scenario is over and its pool still runs."""
+        self._before_stop.append(end)
+
     def close(self) -> None:
         """End everything.  Fails if the pool leaves something behind after a clean stop."""
         left: list[str] = []
         try:
+            for end in self._before_stop:
+                with contextlib.suppress(ProcessLookupError):
+                    end()
             if self.pool is not None:
                 left = self.pool.stop()
         finally:

@@ -42,7 +42,7 @@ def targets_of(state: StateDir) -> list[Target]:
     orchestrator = state.running("orchestrator")
     assert orchestrator is not None
     worker = state.worker_runs()[0]
-    sockets = [path for path in socket_dir(worker.record.worker_id).iterdir() if path.is_socket()]
+    sockets = [path for path in socket_dir(worker.record.worker_id).rglob("*") if path.is_socket()]
     front, back = urlsplit(orchestrator.url), urlsplit(worker.record.url)
     return [
         Target("engine", socket_path=str(sockets[0])),

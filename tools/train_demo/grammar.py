@@ -115,11 +115,15 @@ def tools_document(rng: random.Random) -> Document:
     return result
 
 
-def sums_document(rng: random.Random) -> Document:
-    """Return many sums, one a line: adding in its densest form."""
-    result = Document("sums")
-    for _ in range(rng.randint(8, 30)):
-        turn = add(rng)
+def drill_document(rng: random.Random) -> Document:
+    """Return many short questions with their answers, one a line: learning in its densest form.
+
+    Its first line tells it from a plain question, after whose answer the text ends.
+    """
+    result = Document("drill")
+    result.given("Exercises:\n")
+    for _ in range(rng.randint(6, 20)):
+        turn = rng.choices((count(rng, more_max=8), add(rng), spell(rng), repeat(rng)), (5, 3, 2, 1))[0]
         result.given(turn.question + "\n")
         result.learned(turn.answer + "\n")
     return result
@@ -143,18 +147,18 @@ def open_document(rng: random.Random) -> Document:
     return result
 
 
-def count(rng: random.Random) -> Exchange:
-    """Count from one number to another."""
+def count(rng: random.Random, *, more_max: int = 130) -> Exchange:
+    """Count from one number to another, at most `more_max` further on."""
     chance = rng.random()
+    more = min(more_max, rng.randint(1, rng.choice((4, 8, 20, 40))))
     if chance < 0.75:
         start = rng.choice((0, 1, 1, rng.randint(0, 20), rng.randint(0, 99), rng.randint(0, 99)))
-        end = start + rng.randint(1, rng.choice((5, 10, 20, 40)))
-    elif chance < 0.82:
+    elif chance < 0.80:
         start = rng.randint(0, 5)
-        end = rng.randint(40, 130)
+        more = min(more_max, rng.randint(35, 125))
     else:
-        start = rng.randint(90, 400)
-        end = start + rng.randint(1, rng.choice((5, 10, 30)))
+        start = rng.randint(80, 400)
+    end = start + more
     asked = [
         f"Count from {start} to {end}.",
         f"Count from {start} to {end}.",
@@ -303,9 +307,9 @@ def unknown(rng: random.Random) -> Exchange:
 
 
 _EXCHANGES: Final[tuple[tuple[Callable[[random.Random], Exchange], float], ...]] = (
-    (count, 0.26),
-    (add, 0.24),
-    (spell, 0.15),
+    (count, 0.30),
+    (add, 0.20),
+    (spell, 0.14),
     (repeat, 0.12),
     (json_object, 0.12),
     (story, 0.06),
@@ -315,10 +319,10 @@ _EXCHANGES: Final[tuple[tuple[Callable[[random.Random], Exchange], float], ...]]
 )
 
 _DOCUMENTS: Final[tuple[tuple[Callable[[random.Random], Document], float], ...]] = (
-    (chat_document, 0.49),
-    (plain_document, 0.25),
-    (tools_document, 0.11),
-    (sums_document, 0.11),
+    (chat_document, 0.42),
+    (plain_document, 0.18),
+    (tools_document, 0.16),
+    (drill_document, 0.20),
     (open_document, 0.04),
 )
 

@@ -28,12 +28,12 @@ _EXAM_EVERY_STEPS: Final = 250
 def main() -> None:
     """Train as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a batch")
-    parser.add_argument("--matrix-rate", type=float, default=0.02, help="Muon's learning rate")
-    parser.add_argument("--other-rate", type=float, default=0.003, help="Adam's learning rate")
-    parser.add_argument("--decay-part", type=float, default=0.5, help="part of the run that cools")
+    parser.add_argument("--batch-tokens", type=int, default=3072, help="tokens in a batch")
+    parser.add_argument("--matrix-rate", type=float, default=0.006, help="Muon's learning rate")
+    parser.add_argument("--other-rate", type=float, default=0.0015, help="Adam's learning rate")
+    parser.add_argument("--decay-part", type=float, default=0.8, help="part of the run that cools")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights to start from")

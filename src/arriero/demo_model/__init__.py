@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 #: SHA-256 of the model file; `python -m tools.train_demo.export` writes it and the size below.
-SHA256: Final[str] = "b7946b9c51b66e3f58d25205b266c5193780cb0a899deccc572ce3a76709a3a7"
+SHA256: Final[str] = "6eea75e1e1969fdec6e33f77eb8eecab5441fc196b57e228fbf386ffc8044494"
 SIZE_BYTES: Final[int] = 968_128
 
 

@@ -24,6 +24,11 @@ LINE_BYTES_MAX: Final = 64 << 10
 _READ_BYTES: Final = 64 << 10
 _TERMINATE_WAIT_S: Final = 1.0
 _KILLED_WAIT_S: Final = 10.0
+#: Of -1000 … 1000; raising one's own needs no rights.  As if half of the memory more were used.
+OOM_SCORE: Final = 500
+# One below what llama.cpp calls them: it warns of each prompt that it has cached, and takes a request
+# that it refuses for an error.  Why it ended is told by the log's tail.
+_LEVELS: Final = {"W": logging.INFO, "E": logging.WARNING}
 _logger: Final = logging.getLogger("arriero.engine")
 
 
@@ -77,6 +82,7 @@ class EngineChild:
             # no `process_group`.)
             start_new_session=True,
         )
+        _be_first_victim(process.pid)
         child = cls(process, hidden, on_log)
         # Owned by this object: it ends with the process, and `stop` waits for it.
         child._watcher = asyncio.get_running_loop().create_task(
@@ -182,8 +188,7 @@ class EngineChild:
             self._on_log(text)
         # llama.cpp: "0.00.011.704 I srv  init: …"
         words = text.split(maxsplit=2)
-        level = {"W": logging.WARNING, "E": logging.ERROR}.get(words[1] if len(words) > 1 else "")
-        _logger.log(level or logging.DEBUG, "%s", text)
+        _logger.log(_LEVELS.get(words[1] if len(words) > 1 else "", logging.DEBUG), "%s", text)
 
 
 def resident_mb(pid: int) -> int:
@@ -213,3 +218,9 @@ async def _lines(stream: asyncio.StreamReader, take: Callable[[bytes], None]) ->
             rest = b""
     if rest:
         take(rest)
+
+
+def _be_first_victim(pid: int) -> None:
+    """Have the kernel choose the engine when memory is short, so that its worker lives on to say so."""
+    with contextlib.suppress(OSError):  # Not Linux, or gone already.
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))

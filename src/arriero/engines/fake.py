@@ -238,7 +238,7 @@ class FakeEngine:
         self._prompt_tokens += len(prompt_ids)
         room = self._context - len(prompt_ids)
         tokens_max = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        said, text = b"", ""
+        said, whole, text = b"", "", ""
         count = 0
         for token_id in itertools.islice(fake_text.answer_ids(prompt_ids), tokens_max):
             if count == script.exit_after_tokens:
@@ -249,14 +249,16 @@ class FakeEngine:
             count += 1
             self._completion_tokens += 1
             said += fake_text.token_bytes(token_id)
-            whole = said.decode("utf-8", "ignore") if _is_cut(said) else said.decode("utf-8", "replace")
+            whole = said.decode("utf-8", "ignore" if _is_cut(said) else "replace")
             word, end = _stopped(whole, sampling.stop)
-            shown = whole if word is None else whole[:end]
+            shown = whole[:end]
             yield TextDelta(shown[len(text) :], (token_id,), _logprobs(token_id, sampling.logprobs))
             text = shown
             if word is not None:
                 yield StreamFinished("stop", len(prompt_ids), count, stopping_word=word)
                 return
+        if len(whole) > len(text):
+            yield TextDelta(whole[len(text) :])
         yield StreamFinished("length" if count == tokens_max else "stop", len(prompt_ids), count)
 
     def _prompt_ids(self, request: EngineRequest) -> list[int]:
@@ -381,12 +383,16 @@ def _is_cut(raw: bytes) -> bool:
 
 
 def _stopped(text: str, words: Sequence[str]) -> tuple[str | None, int]:
-    """Return the stop string that ends `text` first and where it begins, (None, 0) if none does."""
+    """Return the stop string that `text` holds first, if any, and how much of `text` may be shown.
+
+    An end that may become a stop string is held back.
+    """
     found = [(text.index(word), word) for word in words if word in text]
-    if not found:
-        return None, 0
-    end, word = min(found)
-    return word, end
+    if found:
+        end, word = min(found)
+        return word, end
+    held = (n for word in words for n in range(len(word) - 1, 0, -1) if text.endswith(word[:n]))
+    return None, len(text) - max(held, default=0)
 
 
 def _logprobs(token_id: int, logprobs_max: int | None) -> tuple[dict[str, Any], ...]:

@@ -12,53 +12,50 @@ import re
 import stat
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn, TypeAlias
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.engines.base import ModelFacts
 from arriero.engines.gguf_types import (
+    ALIGNMENT_MAX,
     ARRAY,
+    ARRAY_ELEMENTS_MAX,
+    ARRAY_STRINGS_MAX,
+    BLOCKS_MAX,
+    CONTEXT_MAX,
+    DIMENSIONS_MAX,
+    ELEMENTS_MAX,
     EMBEDDING_ARCHITECTURES,
+    EMBEDDING_MAX,
     FILE_TYPES,
+    HEADER_BYTES_MAX,
+    KEPT_NUMBERS_MAX,
+    KEPT_STRING_BYTES_MAX,
+    KEPT_STRINGS_MAX,
+    KEY_BYTES_MAX,
+    KEYS_MAX,
+    NESTING_MAX,
+    PARTS_MAX,
     SCALARS,
     STRING,
+    STRING_BYTES_MAX,
+    TENSOR_NAME_BYTES_MAX,
     TENSOR_TYPES,
+    TENSORS_MAX,
+    TOKEN_BYTES_MAX,
+    TOKENS_KEY,
+    VOCABULARY_MAX,
 )
-
-# Real files: 60 keys, 2,000 tensors, 262,000 tokens, 600,000 merges, a template of 50 KB.
-KEYS_MAX: Final = 4_096
-TENSORS_MAX: Final = 32_768
-KEY_BYTES_MAX: Final = 1_024
-#: The engine's own limit: 64 with the closing zero.
-TENSOR_NAME_BYTES_MAX: Final = 63
-STRING_BYTES_MAX: Final = 64 << 20
-#: Longer ones are stepped over; only their length is known.
-KEPT_STRING_BYTES_MAX: Final = 512
-KEPT_STRINGS_MAX: Final = 1_024
-#: Strings in all arrays together: each costs a step, of about 0.2 µs.
-ARRAY_STRINGS_MAX: Final = 3_000_000
-ARRAY_ELEMENTS_MAX: Final = 1 << 28
-#: Where the header must have ended: bounds what is read, also of a sparse file.
-HEADER_BYTES_MAX: Final = 256 << 20
-NESTING_MAX: Final = 4
-#: Numbers of one array that are kept (heads per layer); the array must be no longer.
-KEPT_NUMBERS_MAX: Final = 1_024
-BLOCKS_MAX: Final = 1_024
-CONTEXT_MAX: Final = 1 << 28
-EMBEDDING_MAX: Final = 1 << 20
-VOCABULARY_MAX: Final = 1 << 24
-PARTS_MAX: Final = 4_096
-ALIGNMENT_MAX: Final = 1 << 16
-DIMENSIONS_MAX: Final = 4
-ELEMENTS_MAX: Final = 1 << 48
 
 _WINDOW_BYTES: Final = 256 << 10
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _SPLIT_NAME: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _POOLING_NONE: Final = 0
+TakeToken: TypeAlias = Callable[[int, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +69,8 @@ class GgufHeader:
     heads_kv_sum: int
     key_length: int
     value_length: int
+    #: Kind of tokenizer: "gpt2" (byte-level), "llama" (SentencePiece), "bert"…
+    tokenizer: str
     #: Where the tensors' bytes begin.
     data_offset: int
     tensor_count: int
@@ -87,8 +86,11 @@ def inspect(path: Path) -> ModelFacts:
     return read_header(path).facts
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of the model in `path`; raises as `inspect` does."""
+def read_header(path: Path, take_token: TakeToken | None = None) -> GgufHeader:
+    """Read and check the header of the model in `path`; raises as `inspect` does.
+
+    `take_token` is given each token of the vocabulary, its number and how the file writes it.
+    """
     name = shown_name(path)
     try:
         # Not blocking: a FIFO put there meanwhile must not hold us.
@@ -102,11 +104,14 @@ def read_header(path: Path) -> GgufHeader:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path.
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: {reason}", file=name) from error
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: not a regular file", file=name)
-        return _Reader(file, name, status.st_size).read(path)
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            return _Reader(file, name, status.st_size, take_token).read(path)
+    finally:
+        os.close(descriptor)
 
 
 def shown_name(path: Path) -> str:
@@ -134,8 +139,9 @@ class _Skipped:
 class _Reader:
     """One pass over one header, through a window that moves forward."""
 
-    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+    def __init__(self, file: BinaryIO, name: str, size: int, take_token: TakeToken | None) -> None:
         self._file = file
+        self._take_token = take_token
         self._name = name
         self._size = size
         self._window = b""
@@ -195,7 +201,7 @@ class _Reader:
         context = self._number(values, f"{architecture}.context_length", CONTEXT_MAX)
         embedding = self._number(values, f"{architecture}.embedding_length", EMBEDDING_MAX)
         split_count = self._split(values)
-        tokens = values.get("tokenizer.ggml.tokens")
+        tokens = values.get(TOKENS_KEY)
         vocabulary = tokens.count if isinstance(tokens, _Skipped) else 0
         if not vocabulary:
             vocabulary = _integer(values.get(f"{architecture}.vocab_size", 0)) or 0
@@ -244,6 +250,7 @@ class _Reader:
             heads_kv_sum=heads_kv_sum,
             key_length=_integer(values.get(f"{prefix}key_length", per_head)) or per_head,
             value_length=_integer(values.get(f"{prefix}value_length", per_head)) or per_head,
+            tokenizer=_text_or_empty(values.get("tokenizer.ggml.model")),
             data_offset=data_offset,
             tensor_count=tensor_count,
             split_count=split_count,
@@ -326,12 +333,16 @@ class _Reader:
             return self._array(key, depth=1)
         self._corrupted(f"the key {_shown(key)} has the value type {value_type}, which is not known")
 
-    def _string(self, key: str) -> Any:
+    def _length(self, length_max: int, key: str) -> int:
         length = self._u64(key)
-        if length > STRING_BYTES_MAX:
+        if length > length_max:
             self._corrupted(
-                f"the key {_shown(key)} has a text of {length} bytes, at most {STRING_BYTES_MAX} can be"
+                f"the key {_shown(key)} has a text of {length} bytes, at most {length_max} can be"
             )
+        return length
+
+    def _string(self, key: str) -> Any:
+        length = self._length(STRING_BYTES_MAX, key)
         if length > KEPT_STRING_BYTES_MAX or self._kept_strings >= KEPT_STRINGS_MAX:
             self._skip(length, key)
             return _Skipped(length)
@@ -355,7 +366,11 @@ class _Reader:
             self._skip(count * scalar.size, key)
         elif element_type == STRING:
             self._count_strings(count, key)
-            self._skip_strings(count, key)
+            if self._take_token is not None and key == TOKENS_KEY:
+                for number in range(count):
+                    self._take_token(number, self._bytes(self._length(TOKEN_BYTES_MAX, key), key))
+            else:
+                self._skip_strings(count, key)
         elif element_type == ARRAY:
             self._count_strings(count, key)  # An array in an array costs a step as well.
             for _ in range(count):

@@ -1,4 +1,4 @@
-"""Which numbers stand for which types in a GGUF file?
+"""Which numbers stand for which types in a GGUF file, and how many of each thing can there be?
 
 Sizes and names follow the format's published tables; a type that is not here is refused, since
 its tensors' sizes could not be checked.
@@ -121,3 +121,32 @@ EMBEDDING_ARCHITECTURES: Final = frozenset(
         "t5encoder",
     }
 )
+
+# Real files: 60 keys, 2,000 tensors, 262,000 tokens, 600,000 merges, a template of 50 KB.
+KEYS_MAX: Final = 4_096
+TENSORS_MAX: Final = 32_768
+KEY_BYTES_MAX: Final = 1_024
+#: The engine's own limit: 64 with the closing zero.
+TENSOR_NAME_BYTES_MAX: Final = 63
+TOKENS_KEY: Final = "tokenizer.ggml.tokens"
+TOKEN_BYTES_MAX: Final = 64 << 10
+STRING_BYTES_MAX: Final = 64 << 20
+#: Longer ones are stepped over; only their length is known.
+KEPT_STRING_BYTES_MAX: Final = 512
+KEPT_STRINGS_MAX: Final = 1_024
+#: Strings in all arrays together: each costs a step, of about 0.2 µs.
+ARRAY_STRINGS_MAX: Final = 3_000_000
+ARRAY_ELEMENTS_MAX: Final = 1 << 28
+#: Where the header must have ended: bounds what is read, also of a sparse file.
+HEADER_BYTES_MAX: Final = 256 << 20
+NESTING_MAX: Final = 4
+#: Numbers of one array that are kept (heads per layer); the array must be no longer.
+KEPT_NUMBERS_MAX: Final = 1_024
+BLOCKS_MAX: Final = 1_024
+CONTEXT_MAX: Final = 1 << 28
+EMBEDDING_MAX: Final = 1 << 20
+VOCABULARY_MAX: Final = 1 << 24
+PARTS_MAX: Final = 4_096
+ALIGNMENT_MAX: Final = 1 << 16
+DIMENSIONS_MAX: Final = 4
+ELEMENTS_MAX: Final = 1 << 48

@@ -1,5 +1,6 @@
 """The engine llama.cpp, from the wheel `xllamacpp`: one child process, spoken to over a unix socket."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.engines import gguf, llamacpp_estimate, llamacpp_load, llamacpp_stream, unix_http
+from arriero.engines import gguf, llamacpp_estimate, llamacpp_load, llamacpp_stream, token_pieces, unix_http
 from arriero.engines.base import (
     Abilities,
     Engine,
@@ -81,7 +82,9 @@ class LlamaCppEngine:
         self._child: EngineChild | None = None
         self._folder: Path | None = None
         self._socket_path = ""
-        self._batch_tokens = 0
+        #: What an embedding model reads at most; None: its context alone limits an input.
+        self._input_tokens_max: int | None = None
+        self._pieces = token_pieces.TokenPieces()
 
     # --- Life ---------------------------------------------------------------------------------
 
@@ -91,12 +94,12 @@ class LlamaCppEngine:
         Raises also what `gguf.read_header` and `line_of` raise, before anything is started.
         """
         assert self._child is None, "an engine is loaded once"
-        header = gguf.read_header(spec.model_path)
+        header, self._pieces = await asyncio.to_thread(token_pieces.read, spec.model_path)
         options = options_of(spec)
         if header.facts.is_embedding:
             self.abilities = Abilities(chat=False, grammar=False)
+            self._input_tokens_max = batch_of(spec, header, options)
         try:
-            self._batch_tokens = batch_of(spec, header, options)
             self._folder = _private_folder(spec.run_dir)
             self._socket_path = os.fspath(self._folder / SOCKET_NAME)
             state = llamacpp_load.LoadState()
@@ -166,7 +169,7 @@ class LlamaCppEngine:
         path, body = llamacpp_stream.body_of(request)
         is_chat = path == llamacpp_stream.CHAT_PATH
         kind = llamacpp_stream.ChatReader if is_chat else llamacpp_stream.CompletionReader
-        reader = kind(request, llamacpp_stream.unknown_ids)
+        reader = kind(request, self._pieces)
         is_finished = False
         try:
             async with await unix_http.open_exchange(self._path(), "POST", path, body) as exchange:
@@ -186,26 +189,32 @@ class LlamaCppEngine:
     async def embed(self, inputs: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], int]:
         """Return a vector of length 1 for each input, and the prompt tokens used in all.
 
-        Raises CONTEXT_LENGTH_EXCEEDED for an input that is longer than a batch (the engine reads it
-        at once), or than the context.
+        Raises CONTEXT_LENGTH_EXCEEDED for an input that is longer than the context, or than the
+        batch of an embedding model (it reads an input at once).
         """
         given = [item if isinstance(item, str) else list(item) for item in inputs]
         body = {"input": given, "encoding_format": "float"}
         answer = await self._post("/v1/embeddings", body, timeout_s=EMBED_TIMEOUT_S)
         if answer.status != 200:
-            for item in given:
-                count = len(item) if isinstance(item, list) else await self.count_tokens(item)
-                if count > self._batch_tokens:
-                    fail(
-                        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                        f"an input has {count} tokens, at most {self._batch_tokens} can be embedded",
-                        n_prompt_tokens=count,
-                        n_ctx=self._batch_tokens,
-                    )
+            await self._check_lengths(given)
             llamacpp_stream.fail_for_body(answer.status, answer.body)
         told = _embeddings_decoder.decode(answer.body)
         ordered = sorted(told.data, key=lambda row: row.index)
         return [row.embedding for row in ordered], told.usage.prompt_tokens
+
+    async def _check_lengths(self, given: list[str | list[int]]) -> None:
+        """Raise CONTEXT_LENGTH_EXCEEDED for the first input that one batch cannot hold."""
+        if self._input_tokens_max is None:
+            return
+        for item in given:
+            count = len(item) if isinstance(item, list) else await self.count_tokens(item)
+            if count > self._input_tokens_max:
+                fail(
+                    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                    f"an input has {count} tokens, at most {self._input_tokens_max} can be embedded",
+                    n_prompt_tokens=count,
+                    n_ctx=self._input_tokens_max,
+                )
 
     # --- Short questions ----------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ for prompts (ids of every token) and `/v1/chat/completions` for messages (templa
 and schemas are llama.cpp's).
 
 llama.cpp sends no chunk for a token that ends inside a character, so that token's id is missing;
-the chunk's running count shows it.  `MissingIds` finds the id by its bytes; where even those are
+the chunk's running count shows it.  `token_pieces` finds the id by its bytes; where even those are
 unknown (a model that writes broken UTF-8), the id is UNKNOWN_ID, so that counts stay exact.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -25,11 +25,10 @@ from arriero.engines.base import (
     TextDelta,
     ToolCallDelta,
 )
+from arriero.engines.token_pieces import UNKNOWN_ID, TokenPieces
 
 COMPLETION_PATH: Final = "/completion"
 CHAT_PATH: Final = "/v1/chat/completions"
-#: The id of a token that the engine did not name.
-UNKNOWN_ID: Final = -1
 
 #: What of a client's options reaches llama.cpp; the rest is ours to set, or not for it.
 _CHAT_OPTIONS: Final = frozenset(
@@ -49,14 +48,6 @@ _CHAT_OPTIONS: Final = frozenset(
 )
 _PROMPT_OPTIONS: Final = frozenset({"json_schema", "grammar"})
 _MESSAGE_CHARS_MAX: Final = 500
-
-#: Given new text, how many ids are missing before `last_id`, return those ids.
-MissingIds: TypeAlias = Callable[[str, int, int], tuple[int, ...]]
-
-
-def unknown_ids(text: str, missing: int, last_id: int) -> tuple[int, ...]:
-    """Return what is known without a vocabulary: how many there are."""
-    return (UNKNOWN_ID,) * missing
 
 
 # --- Requests --------------------------------------------------------------------------------
@@ -217,9 +208,9 @@ _FINISH: Final = {"limit": "length", "length": "length", "tool_calls": "tool_cal
 class CompletionReader:
     """Reads a stream of `/completion`."""
 
-    def __init__(self, request: EngineRequest, missing_ids: MissingIds) -> None:
+    def __init__(self, request: EngineRequest, pieces: TokenPieces) -> None:
         self._logprobs_max = request.sampling.logprobs
-        self._missing_ids = missing_ids
+        self._pieces = pieces
         self._told = 0
         self._rest = b""
 
@@ -240,7 +231,7 @@ class CompletionReader:
         ids = tuple(chunk.tokens)
         missing = chunk.tokens_predicted - self._told - len(ids)
         if missing > 0:
-            ids = self._missing_ids(chunk.content, missing, ids[0] if ids else UNKNOWN_ID) + ids
+            ids = self._pieces.missing_ids(chunk.content, missing, ids[0] if ids else UNKNOWN_ID) + ids
         self._told += len(ids)
         if ids or chunk.content:
             yield TextDelta(chunk.content, ids, _entries(chunk.completion_probabilities, self._logprobs_max))
@@ -257,10 +248,10 @@ class CompletionReader:
 class ChatReader:
     """Reads a stream of `/v1/chat/completions`."""
 
-    def __init__(self, request: EngineRequest, missing_ids: MissingIds) -> None:
+    def __init__(self, request: EngineRequest, pieces: TokenPieces) -> None:
         self._logprobs_max = request.sampling.logprobs
         self._has_ids = tells_chat_ids(request)
-        self._missing_ids = missing_ids
+        self._pieces = pieces
         self._told = 0
         self._rest = b""
         self._finish_reason = ""
@@ -281,6 +272,9 @@ class ChatReader:
         for choice in chunk.choices:
             yield from self._choice(choice, chunk.timings)
         if chunk.usage is not None and self._finish_reason:
+            rest = chunk.usage.completion_tokens - self._told
+            if self._has_ids and rest > 0:
+                yield TextDelta("", (UNKNOWN_ID,) * rest)
             details = chunk.usage.prompt_tokens_details
             yield StreamFinished(
                 finish_reason=_FINISH.get(self._finish_reason, "stop"),
@@ -297,7 +291,7 @@ class ChatReader:
         if self._has_ids and timings is not None:
             missing = timings.predicted_n - self._told - len(ids)
             if missing > 0:
-                ids = self._missing_ids(text, missing, ids[0] if ids else UNKNOWN_ID) + ids
+                ids = self._pieces.missing_ids(text, missing, ids[0] if ids else UNKNOWN_ID) + ids
         self._told += len(ids)
         if delta.reasoning_content:
             yield ReasoningDelta(delta.reasoning_content, () if text else ids)

@@ -1,7 +1,7 @@
 """Does a model download tell its progress?"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -36,19 +36,24 @@ DOWNLOAD_CODES: Final = frozenset(
 
 
 def download_progress(
-    url: str, *, events: int | None = None, timeout_s: float = CONNECT_S, silence_s: float = SILENCE_S
+    url: str,
+    *,
+    events: int | None = None,
+    timeout_s: float = CONNECT_S,
+    silence_s: float = SILENCE_S,
+    tell: Callable[[str], None] | None = None,
 ) -> ProbeResult:
     """Read a download's progress until it is complete, or until `events` frames came.
 
     `timeout_s` limits the time until the stream has begun, `silence_s` the time without an event,
-    nothing the download as a whole: it may be large.
+    nothing the download as a whole: it may be large.  `tell` hears of each stage.
     """
 
     def question(seen: dict[str, Any]) -> None:
         seen.update(url=url, events=0, frames=[])
         try:
             with open_progress(url, timeout_s, silence_s) as stream:
-                _read(stream, events, silence_s, seen)
+                _read(stream, events, silence_s, seen, tell)
         except ArrieroError as error:
             raise in_terms_of(SSE_CODES, error, also=DOWNLOAD_CODES) from error
 
@@ -89,10 +94,18 @@ def frames_of(stream: EventStream, silence_s: float) -> Iterator[DownloadFrame]:
         raise ArrieroError(ErrorCode.DOWNLOAD_FAILED, f"the download is {ended}, and did not say why")
 
 
-def _read(stream: EventStream, events: int | None, silence_s: float, seen: dict[str, Any]) -> None:
+def _read(
+    stream: EventStream,
+    events: int | None,
+    silence_s: float,
+    seen: dict[str, Any],
+    tell: Callable[[str], None] | None,
+) -> None:
     last: DownloadFrame | None = None
     began_s = time.monotonic()
     for frame in frames_of(stream, silence_s):
+        if tell is not None and (last is None or last.stage is not frame.stage):
+            tell(f"[probe] {frame.stage}")
         last = frame
         seen["events"] += 1
         if len(seen["frames"]) < SHOWN_MAX:

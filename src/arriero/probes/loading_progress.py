@@ -31,9 +31,7 @@ def loading_progress(
     return ask(NAME, question)
 
 
-def _read(
-    where: Where, timeout_s: float, seen: dict[str, Any], tell: Callable[[str], None] | None
-) -> None:
+def _read(where: Where, timeout_s: float, seen: dict[str, Any], tell: Callable[[str], None] | None) -> None:
     loading = (WorkerState.LOADING, WorkerState.STARTING)
     worker, record = find_worker(where, PROGRESS_CODES, prefer=loading, timeout_s=timeout_s)
     seen["worker_id"] = record.worker_id if record else None

@@ -78,6 +78,7 @@ _ROWS: Final = (
             ),
         ),
         is_of_url=True,
+        is_telling=True,
         url_replaces="",
     ),
     Probe(

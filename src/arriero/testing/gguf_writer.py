@@ -5,12 +5,15 @@ the real engine loads; its answers mean nothing and are the same each time.  A t
 broken file edits the description before `write`, or the bytes afterwards.
 """
 
+import functools
 import random
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+
+from arriero.engines.token_pieces import byte_letters
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _FORMATS: Final = dict(
@@ -40,6 +43,8 @@ class Tensor:
     type_number: int = TENSOR_F16
     #: What every element is; None: random numbers.
     constant: float | None = None
+    #: Rows from this one on are zero (rows are as long as the first dimension).
+    zero_from_row: int | None = None
     #: What the file claims instead of the truth.
     claimed_offset: int | None = None
     claimed_dimensions: int | None = None
@@ -91,15 +96,14 @@ class GgufFile:
             parts.append(_text(tensor.name))
             parts.append(struct.pack("<I", len(tensor.shape) if dimensions is None else dimensions))
             parts.append(struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape))
-            parts.append(struct.pack("<IQ", tensor.type_number, claimed))
+            parts.append(struct.pack("<IQ", tensor.type_number, claimed % (1 << 64)))
             offset += self._padded(tensor.size_bytes())
         head = b"".join(parts)
         return head + b"\0" * (self._padded(len(head)) - len(head))
 
     def write(self, path: Path) -> Path:
         """Write the file, real bytes without holes, and return its path."""
-        chance = random.Random(self.seed)
-        pool = tuple(chance.gauss(0.0, 0.2) for _ in range(_POOL))
+        pool = _numbers(self.seed)
         with path.open("wb") as file:
             file.write(self.header())
             for number, tensor in enumerate(self.tensors):
@@ -123,6 +127,8 @@ class LlamaShape:
     feed_forward: int = 128
     context: int = 4096
     tensor_type: int = TENSOR_F16
+    #: It says nothing but ASCII, and never ends by itself; else any byte may follow any other.
+    is_ascii: bool = True
 
 
 #: About 300 MB: enough for loading to have steps.
@@ -132,7 +138,7 @@ LARGE: Final = LlamaShape(layers=12, embedding=1024, heads=16, heads_kv=4, feed_
 def llama_file(shape: LlamaShape | None = None, *, seed: int = 1) -> GgufFile:
     """Return the description of a random-weight Llama."""
     shape = shape or LlamaShape()
-    tokens = [*byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *SPECIALS]
+    tokens = [*byte_letters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIALS]
     types = [1] * (len(tokens) - len(SPECIALS)) + [3] * len(SPECIALS)
     head = shape.embedding // shape.heads
     file = GgufFile(seed=seed)
@@ -171,21 +177,13 @@ def write_llama(path: Path, shape: LlamaShape | None = None, *, seed: int = 1) -
     return llama_file(shape, seed=seed).write(path)
 
 
-def byte_tokens() -> list[str]:
-    """Return the 256 texts by which GPT-2's tokenizer writes single bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = (value for value in range(256) if value not in set(plain))
-    letters = {value: chr(value) for value in plain}
-    letters.update({value: chr(256 + number) for number, value in enumerate(shifted)})
-    return [letters[value] for value in range(256)]
-
-
 def _llama_tensors(shape: LlamaShape, vocabulary: int) -> Iterator[Tensor]:
     width, kv_width = shape.embedding, shape.embedding // shape.heads * shape.heads_kv
     matrix = shape.tensor_type
     yield Tensor("token_embd.weight", (width, vocabulary), matrix)
     yield Tensor("output_norm.weight", (width,), TENSOR_F32, constant=1.0)
-    yield Tensor("output.weight", (width, vocabulary), matrix)
+    # A token whose row is zero has the logit zero: many others are always more likely.
+    yield Tensor("output.weight", (width, vocabulary), matrix, zero_from_row=128 if shape.is_ascii else None)
     for layer in range(shape.layers):
         prefix = f"blk.{layer}."
         yield Tensor(f"{prefix}attn_norm.weight", (width,), TENSOR_F32, constant=1.0)
@@ -203,6 +201,12 @@ def _llama_tensors(shape: LlamaShape, vocabulary: int) -> Iterator[Tensor]:
 _POOL: Final = 65_521
 
 
+@functools.lru_cache(maxsize=4)
+def _numbers(seed: int) -> tuple[float, ...]:
+    chance = random.Random(seed)
+    return tuple(chance.gauss(0.0, 0.2) for _ in range(_POOL))
+
+
 def _write_numbers(file: BinaryIO, tensor: Tensor, pool: tuple[float, ...], number: int) -> None:
     """Write the tensor's elements: the pool over and over, from a place of this tensor's own."""
     if tensor.constant is not None:
@@ -210,10 +214,15 @@ def _write_numbers(file: BinaryIO, tensor: Tensor, pool: tuple[float, ...], numb
     start = number * 7_919 % len(pool)
     letter = "e" if tensor.type_number == TENSOR_F16 else "f"
     raw = struct.pack(f"<{len(pool)}{letter}", *pool[start:], *pool[:start])
-    whole, rest = divmod(tensor.size_bytes(), len(raw))
+    size = tensor.size_bytes()
+    told = size
+    if tensor.zero_from_row is not None:
+        told = tensor.zero_from_row * tensor.shape[0] * struct.calcsize(letter)
+    whole, rest = divmod(told, len(raw))
     for _ in range(whole):
         file.write(raw)
     file.write(raw[:rest])
+    file.write(b"\0" * (size - told))
 
 
 def _text(text: str) -> bytes:

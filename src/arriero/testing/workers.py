@@ -76,13 +76,20 @@ class CallbackReceiver:
 class HandWorker:
     """A worker process that we own."""
 
-    def __init__(self, spec: WorkerSpec, folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        folder: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.spec = spec
         self.log_path = folder / f"{spec.worker_id}.log"
         self.run_dir = Path(spec.run_dir)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "arriero", "worker"],
+                [*prefix, sys.executable, "-m", "arriero", "worker"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -144,6 +151,10 @@ class HandWorker:
         if state not in self.states():
             raise TimeoutError(f"the worker ended before it was {state}: {self.process.poll()}")
 
+    def wait_logged(self, event: str, timeout_s: float = START_S) -> None:
+        """Wait until it logged an event.  Raises TimeoutError if it does not."""
+        wait_until(lambda: bool(self.logged(event)), event, timeout_s)
+
     def wait_exit(self, timeout_s: float = STOP_S) -> int:
         """Wait for its end and return its exit code."""
         return self.process.wait(timeout_s)
@@ -193,9 +204,17 @@ class HandStarter:
         return receiver
 
     def start(
-        self, *, wait_for: str | None = "idle", env: Mapping[str, str] | None = None, **fields: Any
+        self,
+        *,
+        wait_for: str | None = "idle",
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        **fields: Any,
     ) -> HandWorker:
-        """Start a worker with the fake engine (or what `fields` of its spec say) and wait for a state."""
+        """Start a worker with the fake engine (or what `fields` of its spec say) and wait for a state.
+
+        `prefix` is a command that becomes the worker's, `env` is added to its environment.
+        """
         worker_id = fields.pop("worker_id", f"w-{secrets.token_hex(6)}")
         run_dir = state_dir.socket_dir(worker_id)
         run_dir.mkdir(mode=0o700)
@@ -212,7 +231,7 @@ class HandStarter:
                 **fields,
             }
         )
-        worker = HandWorker(spec, self._folder, env=env)
+        worker = HandWorker(spec, self._folder, env=env, prefix=prefix)
         self.workers.append(worker)
         self._stack.callback(worker.close)
         if wait_for is not None:

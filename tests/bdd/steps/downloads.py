@@ -1,6 +1,7 @@
 """How far is a download?"""
 
 import json
+from collections.abc import Mapping
 from urllib.parse import urljoin
 
 from pytest_bdd import given, parsers, then, when
@@ -12,7 +13,7 @@ from tests.bdd.world import LOG, World
 DOWNLOAD = "the download"
 
 
-def serve_model(world: World, *answers: dict[str, object]) -> str:
+def serve_model(world: World, *answers: Mapping[str, object]) -> str:
     """Have a file server give a model, by the script of `answers`; return the model's reference."""
     path = world.tmp / "served.gguf"
     write_llama(path)
@@ -64,6 +65,16 @@ def when_agent_fetches(world: World) -> None:
     started = agent.start_download(DownloadBody(model_ref=world.model).model_ref)
     world.addresses[DOWNLOAD] = urljoin(agent.url + "/", started.progress_url)
     LOG.info("download %s of %s", started.download_id, world.model)
+
+
+@when("the agent will be killed while its progress is read")
+def when_agent_dies_meanwhile(world: World) -> None:
+    def kill() -> None:
+        world.hears("[probe] downloading")
+        world.running_pool.kill("agent")
+        LOG.info("the agent is killed")
+
+    world.meanwhile = kill
 
 
 @given("a download that nobody knows")

@@ -160,12 +160,7 @@ def given_worker_is_frozen(world: World) -> None:
     """Stop its process; it goes on when the scenario ends."""
     pid = world.worker().pid
     os.kill(pid, signal.SIGSTOP)
-    world.ends.callback(_thaw, pid)
-
-
-def _thaw(pid: int) -> None:
-    if identity(pid) is not None:
-        os.kill(pid, signal.SIGCONT)
+    world.at_end(lambda: os.kill(pid, signal.SIGCONT))
 
 
 @given("the worker will be killed while it streams")

@@ -2,9 +2,9 @@
 
 import subprocess
 
-from pytest_bdd import given, parsers, then
+from pytest_bdd import given, parsers, then, when
 
-from arriero.testing.pool import ARRIERO
+from arriero.testing.pool import ARRIERO, eventually
 from tests.bdd.world import LOG, World
 
 
@@ -57,3 +57,15 @@ def given_request_meanwhile(world: World) -> None:
         LOG.info("a request is on its way")
 
     world.meanwhile = ask
+
+
+@when("the worker is told to stop")
+def when_worker_is_told_to_stop(world: World) -> None:
+    world.running_pool.agent.stop_worker(world.worker().worker_id)
+
+
+@then("the worker goes out of the registry")
+def then_worker_leaves_registry(world: World) -> None:
+    """Wait until the orchestrator has no living worker."""
+    pool = world.running_pool
+    eventually("no worker is left", lambda: not pool.orchestrator.workers())

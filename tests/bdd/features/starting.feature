@@ -1,0 +1,144 @@
+Feature: A worker comes up: process, callback, HTTP server, registration, model
+
+  Scenario: A worker is spawned in a pool
+    Given a pool
+    When a worker is spawned
+    Then it succeeds
+    And the stages reached are process, callback, http, registered
+
+  Scenario: A worker is spawned by an agent alone
+    Given an agent
+    When a worker is spawned
+    Then it succeeds
+    And the worker becomes ready and idle
+    And it succeeds
+
+  Scenario: Each step of its coming up can be waited for
+    Given a pool
+    And a worker that has just been started
+    Then the worker sends its ready callback
+    And it succeeds
+    And the worker's HTTP server starts
+    And it succeeds
+    And the worker is registered
+    And it succeeds
+    And the worker becomes ready and idle
+    And it succeeds
+    And the stages reached are process, callback, http, registered, idle
+
+  Scenario Outline: The worker's program is <what>
+    Given a worker program that is <what>
+    And a pool
+    When a worker is spawned
+    Then it fails with exit code 1 and WORKER_BINARY_NOT_FOUND
+
+    Examples:
+      | what           |
+      | missing        |
+      | not executable |
+
+  Scenario: The worker's process ends at once
+    Given a worker program that is broken
+    And a pool
+    When a worker is spawned
+    Then it fails with exit code 1 and WORKER_START_FAILED
+    And the error names exit code 3
+
+  Scenario Outline: The worker's process has ended, and <step>
+    Given a worker program that is broken
+    And an agent
+    And a worker that has just been started
+    Then <step>
+    And it fails with exit code 1 and WORKER_START_FAILED
+
+    Examples:
+      | step                                |
+      | the worker sends its ready callback |
+      | the worker's HTTP server starts     |
+      | the worker is registered            |
+      | the worker becomes ready and idle   |
+
+  Scenario: The engine refuses to load
+    Given workers whose engine refuses to load
+    And a pool
+    And a worker that has just been started
+    Then the worker becomes ready and idle
+    And it fails with exit code 1 and WORKER_START_FAILED
+
+  Scenario: A model that crashes again and again is refused for a while
+    Given a worker program that is broken
+    And the setting restart_max is 1
+    And a pool
+    When a worker is spawned
+    Then it fails with exit code 1 and WORKER_START_FAILED
+    When a worker is spawned
+    Then it fails with exit code 1 and WORKER_START_FAILED
+    And the error names refused
+
+  Scenario: The worker's process never calls back, and the agent ends it
+    Given a worker program that is mute
+    And the setting worker_ready_timeout_s is 0.5
+    And a pool
+    When a worker is spawned
+    Then it fails with exit code 124 and WORKER_READY_TIMEOUT
+
+  Scenario: The worker's process does not call back within my patience
+    Given a worker program that is mute
+    And a pool
+    And my patience is 1 s
+    When a worker is spawned
+    Then it fails with exit code 124 and WORKER_READY_TIMEOUT
+
+  Scenario Outline: The process does not call back in time, and <step>
+    Given a worker program that is mute
+    And an agent
+    And a worker that has just been started
+    And my patience is 0.5 s
+    Then <step>
+    And it fails with exit code 124 and WORKER_READY_TIMEOUT
+
+    Examples:
+      | step                                |
+      | the worker sends its ready callback |
+      | the worker's HTTP server starts     |
+      | the worker is registered            |
+      | the worker becomes ready and idle   |
+
+  Scenario Outline: There is no worker, and <step>
+    Given a pool
+    Then <step>
+    And it fails with exit code 1 and NO_READY_WORKERS
+
+    Examples:
+      | step                                |
+      | the worker sends its ready callback |
+      | the worker's HTTP server starts     |
+      | the worker is registered            |
+      | the worker becomes ready and idle   |
+
+  Scenario: The model is still loading when my patience ends
+    Given workers whose model takes 20000 ms to load
+    And a pool
+    And a worker that loads
+    And my patience is 0.5 s
+    Then the worker becomes ready and idle
+    And it fails with exit code 1 and NO_READY_WORKERS
+
+  Scenario: A pool without a node can spawn nothing
+    Given an orchestrator without any node
+    When a worker is spawned
+    Then it fails with exit code 1 and NO_READY_WORKERS
+
+  Scenario: A worker that is registered cannot become another one
+    Given an agent
+    And a worker
+    When the same worker calls back with another address
+    Then it fails with exit code 1 and WORKER_ALREADY_REGISTERED
+    And the worker's health is asked
+    And it succeeds
+
+  Scenario: Nobody else can call back for a worker
+    Given an agent
+    And a worker
+    When somebody else calls back for the worker
+    Then it fails with exit code 1 and INVALID_API_KEY

@@ -1,5 +1,0 @@
-"""All scenarios."""
-
-from pytest_bdd import scenarios
-
-scenarios("features")
