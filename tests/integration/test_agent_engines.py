@@ -21,6 +21,8 @@ from arriero.runtime.serve import bind
 from arriero.testing.agents import AgentProcess, wait_for
 
 FAKE = {"engine": "fake", "health_interval_s": "0.2", "stop_grace_s": "2"}
+# Several agents one after the other, each an interpreter with its libraries, on a loaded machine.
+pytestmark = pytest.mark.timeout(60)
 #: Each file has its own ports, so that tests side by side do not look for the same ones.
 PORTS = 23301
 

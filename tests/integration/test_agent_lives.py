@@ -26,6 +26,9 @@ from arriero.runtime import processes
 from arriero.runtime.serve import bind
 from arriero.testing.agents import AgentProcess, wait_for
 
+# Several agents one after the other, each an interpreter with its libraries, on a loaded machine.
+pytestmark = pytest.mark.timeout(60)
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:

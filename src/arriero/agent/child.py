@@ -20,6 +20,7 @@ import msgspec
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.requests import WorkerSpec
 from arriero.runtime import processes
+from arriero.runtime.clock import Clock
 from arriero.runtime.processes import Identity
 
 #: Where the system has no pidfd: how often a process is looked at.
@@ -53,12 +54,12 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
 
-    async def wait_ended(self) -> None:
+    async def wait_ended(self, clock: Clock) -> None:
         """Wait, without a limit, until the process has ended; sweep what is left of its group."""
         if not await self._wait_by_descriptor():
             # Nothing tells of the end here: it has to be looked for.
-            while not self._has_ended():  # noqa: ASYNC110
-                await asyncio.sleep(_LOOK_S)
+            while not self._has_ended():
+                await clock.sleep_s(_LOOK_S)
         if self._popen is not None and self._popen.returncode is None:
             # Before the process is reaped its group's number cannot belong to anybody else.
             processes.signal_group(self.pid, signal.SIGKILL)

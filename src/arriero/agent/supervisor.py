@@ -244,7 +244,7 @@ class Supervisor:
     async def _attend(self, held: Held) -> None:
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch(held), name=f"watch-{held.worker_id}")
-            await held.child.wait_ended()
+            await held.child.wait_ended(self._clock)
             watch.cancel()
         self._end(held)
 
@@ -262,6 +262,7 @@ class Supervisor:
             url=self.registry.get(held.worker_id).url,
             token=held.token,
             lease=self._lease,
+            clock=self._clock,
             limits=WatchLimits(self._settings.health_interval_s, self._settings.health_failures_max),
             on_health=lambda health: self._heard(held, health),
             on_unhealthy=lambda error: self._unhealthy(held, error),
