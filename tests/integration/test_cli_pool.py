@@ -162,6 +162,13 @@ def test_down_never_touches_a_reused_pid(home: Home) -> None:
         bystander.wait()
 
 
+def test_daemons_that_do_not_answer_in_time_are_not_left_running(home: Home) -> None:
+    done = home.run("up", "--timeout", "0.05")
+    assert done.code == 1 and done.out == ""
+    assert "error: DAEMON_START_FAILED: the orchestrator does not answer after 0.05 s" in done.err
+    home.assert_clean()
+
+
 def test_two_commands_at_once_start_one_pool(home: Home) -> None:
     started = [home.start("up", "--json", "-q") for _ in range(3)]
     done = [cli.finish(process) for process in started]
