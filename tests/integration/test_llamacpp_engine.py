@@ -150,6 +150,20 @@ async def test_a_load_that_stops_advancing_is_ended(large_model: Path, run_dir: 
     assert not psutil.Process().children()
 
 
+async def test_unloading_while_it_loads_does_not_wait(large_model: Path, run_dir: Path) -> None:
+    engine = registry.kind("llamacpp").create()
+    events = engine.load(EngineSpec(large_model, run_dir=run_dir))
+    await anext(events)
+    async with asyncio.timeout(DEADLINE_S):
+        await engine.unload(3600.0)
+    assert not psutil.Process().children()
+    with pytest.raises(ArrieroError) as caught:
+        async for _ in events:
+            pass
+    assert caught.value.code is ErrorCode.WORKER_START_FAILED
+    assert engine.exited() is None
+
+
 async def test_nothing_falls_back_to_the_cpu(tiny_model: Path, run_dir: Path) -> None:
     import xllamacpp
 
