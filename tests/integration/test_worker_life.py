@@ -351,12 +351,14 @@ async def test_polls_and_the_state_stream_keep_the_lease(starter: HandStarter) -
     worker = starter.start(callback_url=starter.callbacks().url, lease_s=1.5)
     async with peer_of(worker) as peer:
         beats = 0
-        async for _ in peer.events("/v1/state"):  # A beat a second, twice as long as the lease.
+        headers = {"X-Arriero-Lease": "1:1"}
+        async for _ in peer.events(
+            "/v1/state", headers=headers
+        ):  # A beat a second, twice as long as the lease.
             beats += 1
             if beats == 4:
                 break
         assert worker.states() == ["loading", "idle"]
-        headers = {"X-Arriero-Lease": "1:1"}
         await peer.call("GET", "/v1/health", headers=headers)
     assert await exit_code(worker) == 0
 

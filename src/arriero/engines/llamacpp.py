@@ -116,7 +116,7 @@ class LlamaCppEngine:
                 state,
                 self._socket_path,
                 blocks=header.facts.block_count,
-                stall_s=options.loading_stall_s,
+                stall_s=spec.loading_stall_s if options.loading_stall_s is None else options.loading_stall_s,
                 clock=self._clock,
             )
             async with contextlib.aclosing(steps):
