@@ -5,11 +5,7 @@ from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response, delete, get, post
-<<<<<<< HEAD
 from litestar.params import FromPath, FromQuery, QueryParameter
-=======
-from litestar.params import Parameter
->>>>>>> orchestrator
 from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
@@ -158,13 +154,7 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/workers")
     async def list_workers(
-<<<<<<< HEAD
         model_ref: FromQuery[str | None] = None, node: FromQuery[str | None] = None, with_ended: All = 0
-=======
-        model_ref: str | None = None,
-        node: str | None = None,
-        with_ended: Annotated[bool, Parameter(query="all")] = False,
->>>>>>> orchestrator
     ) -> WorkerList:
         """Return the live workers; with `all=1` also those that ended lately."""
         live = o.registry.workers.select(model_ref=model_ref, node=node)
