@@ -38,7 +38,6 @@ _CHATS: Final = (
     "Spell mountain.",
     "Spell the word arriero.",
     "Give me a JSON object with name Ada and age 36.",
-    "Give me a JSON object with name Luis, age 7 and city Cusco.",
     "Tell me a story about a llama.",
     "Tell me a short story about a fox.",
     "Tell me a long story about a condor.",
