@@ -10,7 +10,7 @@ from litestar.routes import HTTPRoute
 from arriero.agent.routes.models import model_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.workers import worker_routes
-from arriero.orchestrator.app import handlers
+from arriero.orchestrator.routes.management import handlers
 from arriero.orchestrator.routes.streams import STREAM_ROUTES
 from arriero.worker.routes.admin import AdminRoutes
 from arriero.worker.routes.inference import InferenceRoutes

@@ -12,6 +12,7 @@ from pytest_bdd.steps import StepNamePrefix
 from arriero.testing.memory_limit import can_limit
 from tests.bdd.world import World
 
+SCENARIO_S = 60
 STEP_MODULES = (
     "checks", "pools", "downloads", "loading", "tokens", "health", "states", "starting", "models",
     "deadlines", "exhaustion",
@@ -37,8 +38,15 @@ def world(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
         made.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a scenario more time than a test: it starts several programs, also on a machine that is busy."""
+    for item in items:
+        if "/bdd/" in str(item.path):
+            item.add_marker(pytest.mark.timeout(SCENARIO_S))
+
+
 def pytest_bdd_apply_tag(tag: str, function: Callable[..., Any]) -> bool | None:
-    """Turn `@root` and `@slow` into what pytest knows."""
+    """Turn `@root` and `@memory` into what pytest knows."""
     if tag == "root":
         why = "needs root: a memory cgroup, a mount"
         pytest.mark.root(function)
@@ -46,8 +54,5 @@ def pytest_bdd_apply_tag(tag: str, function: Callable[..., Any]) -> bool | None:
         return True
     if tag == "memory":
         pytest.mark.skipif(not can_limit(), reason="no memory cgroup can be made here")(function)
-        return True
-    if tag == "slow":
-        pytest.mark.timeout(60)(function)
         return True
     return None

@@ -21,6 +21,8 @@ from arriero.runtime.serve import bind
 from arriero.testing.agents import AgentProcess, wait_for
 
 FAKE = {"engine": "fake", "health_interval_s": "0.2", "stop_grace_s": "2"}
+# Several agents one after the other, each an interpreter with its libraries, on a loaded machine.
+pytestmark = pytest.mark.timeout(60)
 #: Each file has its own ports, so that tests side by side do not look for the same ones.
 PORTS = 23301
 
@@ -93,6 +95,26 @@ def test_memory_promised_to_a_loading_worker_is_not_given_twice(home: Path) -> N
         assert refused.value.code is ErrorCode.INSUFFICIENT_RAM
         assert refused.value.details["promised_mb"] > 0
         fake(agent, memory_mb=1)
+
+
+def test_of_many_requests_at_once_no_more_are_taken_than_fit(home: Path) -> None:
+    with AgentProcess(home, FAKE) as agent:
+        free_mb = agent.client.capabilities().ram_free_mb
+        codes: list[str] = []
+
+        def ask() -> None:
+            try:
+                agent.spawn("demo", engine="fake", options={"memory_mb": free_mb * 6 // 10, "load_s": 60})
+                codes.append("taken")
+            except ArrieroError as error:
+                codes.append(str(error.code))
+
+        asking = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join(15)
+        assert sorted(codes) == ["INSUFFICIENT_RAM"] * 5 + ["taken"]
 
 
 def test_a_file_that_is_no_model_is_refused_before_anything_starts(home: Path, tmp_path: Path) -> None:

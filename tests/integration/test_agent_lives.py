@@ -1,13 +1,16 @@
 """How an agent starts, dies, is followed by the next one, and ends: its workers with it, or adopted."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.integration.agent_scripts import (
     QUICK,
@@ -25,6 +28,9 @@ from arriero.contracts.states import WorkerState as S
 from arriero.runtime import processes
 from arriero.runtime.serve import bind
 from arriero.testing.agents import AgentProcess, wait_for
+
+# Several agents one after the other, each an interpreter with its libraries, on a loaded machine.
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
@@ -247,3 +253,53 @@ def test_a_run_record_that_is_no_json_is_removed(home: Path) -> None:
             assert second.client.workers() == []
             assert not broken.exists()
     shutil.rmtree(home)
+
+
+def test_a_disk_without_room_for_a_log_is_refused(home: Path, models: Path) -> None:
+    with AgentProcess(home, {**QUICK, "log_bytes_max": str(10**16)}) as agent:
+        with pytest.raises(ArrieroError) as refused:
+            agent.spawn(scripted(models))
+        assert refused.value.code is ErrorCode.INSUFFICIENT_DISK
+        assert refused.value.details["required_mb"] > refused.value.details["available_mb"]
+
+
+@pytest.mark.parametrize("moment", ["process", "record", "callback"])
+def test_an_agent_killed_while_it_spawns_leaves_nothing_unknown(
+    home: Path, models: Path, moment: str
+) -> None:
+    ref = scripted(models)
+    with AgentProcess(home, QUICK) as first:
+        has_come: dict[str, Callable[[], object]] = {
+            "process": lambda: _workers_below(home),
+            "record": first.state.worker_files,
+            "callback": lambda: any(run.record.url for run in first.state.worker_runs()),
+        }
+        asking = [threading.Thread(target=_spawn_or_not, args=(first, ref)) for _ in range(6)]
+        for thread in asking:
+            thread.start()
+        wait_for(has_come[moment], f"the first {moment} is there")
+        first.kill()
+        for thread in asking:
+            thread.join(10)
+        with AgentProcess(home, QUICK) as second:
+            known = {record.pid for record in second.client.workers() if record.state is not S.STOPPED}
+            wait_for(lambda: _workers_below(home) <= known, "only known workers live")
+            assert second.terminate() == 0
+            wait_for(lambda: not _workers_below(home), "no worker lives")
+            assert not list(second.state.worker_files())
+
+
+def _spawn_or_not(agent: AgentProcess, ref: str) -> None:
+    with contextlib.suppress(ArrieroError):
+        agent.spawn(ref)
+
+
+def _workers_below(home: Path) -> set[int]:
+    """Return the pids of the workers whose state folder is `home`, known to an agent or not."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_worker = any("scripted_worker" in word for word in process.cmdline())
+            if is_worker and process.environ().get("ARRIERO_HOME") == str(home):
+                found.add(process.pid)
+    return found

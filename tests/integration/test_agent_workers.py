@@ -298,6 +298,9 @@ def test_wrong_requests_are_told_what_is_wrong(one: AgentProcess) -> None:
         with pytest.raises(ArrieroError) as refused:
             client.send("POST", "/v1/workers", body=body)
         assert refused.value.code is code, body
+    with pytest.raises(ArrieroError) as misspelt:
+        client.send("POST", "/v1/workers", body={"model_ref": "demo", "slot": 1})
+    assert misspelt.value.details["param"] == "slot"
     for method, path in (
         ("GET", "/v1/workers/w-000000000000"),
         ("DELETE", "/v1/workers/w-000000000000"),

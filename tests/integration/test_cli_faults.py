@@ -14,6 +14,9 @@ import pytest
 from tests.support import cli
 from tests.support.home import Home, until
 
+# A pool comes up and down, more than once in some tests, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(120)
+
 PROMPT = "Count from 1 to 400."
 #: Slow enough that a stream is still running when something happens to it.
 SLOW = {"token_s": 0.02}
@@ -65,7 +68,8 @@ def test_infer_starts_a_pool_that_the_next_one_uses(home: Home) -> None:
     stopped = home.run("workers", "stop", worker["worker_id"])
     assert (stopped.code, stopped.out) == (0, f"{worker['worker_id']} stopped\n")
     assert home.workers() == []
-    assert home.run("workers", "stop", worker["worker_id"]).code == 1
+    unknown = home.run("workers", "stop", "w-000000000000")
+    assert unknown.code == 1 and "error: WORKER_NOT_FOUND: " in unknown.err
     assert home.run("down").code == 0
     home.assert_clean()
 
@@ -91,7 +95,8 @@ def test_ctrl_c_frees_the_slot_on_the_worker(home: Home) -> None:
     done = cli.interrupt(process)
     assert done.code == 130 and done.out.startswith(" 2 3") and done.out.endswith("\n") and done.err == ""
     until("the slot is free", lambda: state_of_worker(home) == "idle")
-    home.run("down")
+    pid = worker_pid(home)
+    assert f"(pid {pid}) ended by its agent" in home.run("down").out
     home.assert_clean()
 
 
@@ -151,7 +156,7 @@ def test_a_corrupt_model_is_one_clear_error(home: Home, tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + b"\xff" * 100)
     done = home.run("infer", "-q", "--json", "--model", path.as_uri(), "hi")
     assert done.code == 1 and done.json["error"]["code"] == "MODEL_CORRUPTED"
-    assert str(tmp_path) not in done.out
+    assert str(tmp_path) not in str(done.json["error"])
     home.run("down")
     home.assert_clean()
 

@@ -13,6 +13,9 @@ from tests.support.home import Home, until
 
 from arriero.runtime import processes
 
+# A pool comes up and down, more than once in some tests, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(120)
+
 
 @pytest.fixture
 def home() -> Iterator[Home]:
@@ -157,6 +160,13 @@ def test_down_never_touches_a_reused_pid(home: Home) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_daemons_that_do_not_answer_in_time_are_not_left_running(home: Home) -> None:
+    done = home.run("up", "--timeout", "0.05")
+    assert done.code == 1 and done.out == ""
+    assert "error: DAEMON_START_FAILED: the orchestrator does not answer after 0.05 s" in done.err
+    home.assert_clean()
 
 
 def test_two_commands_at_once_start_one_pool(home: Home) -> None:

@@ -9,10 +9,12 @@ from typing import cast
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
 from arriero.agent.events import Feed
+from arriero.agent.fetch import FetchLimits
 from arriero.agent.machine import Machine, look_at_machine
 from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
-from arriero.agent.provisioner import ModelProvisioner
+from arriero.agent.provisioner import ModelProvisioner, ProvisionLimits
+from arriero.agent.retries import RetryLimits
 from arriero.agent.routes.models import model_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
@@ -86,6 +88,17 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             await catalog.close()
 
 
+def provision_limits(settings: Settings) -> ProvisionLimits:
+    """Return the numbers of downloads that the settings name."""
+    return ProvisionLimits(
+        fetch=FetchLimits(
+            connect_s=settings.connect_timeout_s,
+            stall_s=settings.download_stall_s,
+            retry=RetryLimits(attempts=settings.download_attempts),
+        )
+    )
+
+
 class _Agent:
     """All parts of one agent, joined."""
 
@@ -117,6 +130,7 @@ class _Agent:
             inspect=engines.kind("llamacpp").inspect,
             on_change=self._download_changed,
             group=group,
+            limits=provision_limits(settings),
         )
         self._supervisor = Supervisor(
             settings=settings,

@@ -20,6 +20,7 @@ import msgspec
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.requests import WorkerSpec
 from arriero.runtime import processes
+from arriero.runtime.clock import Clock
 from arriero.runtime.processes import Identity
 
 #: Where the system has no pidfd: how often a process is looked at.
@@ -53,12 +54,12 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
 
-    async def wait_ended(self) -> None:
+    async def wait_ended(self, clock: Clock) -> None:
         """Wait, without a limit, until the process has ended; sweep what is left of its group."""
         if not await self._wait_by_descriptor():
             # Nothing tells of the end here: it has to be looked for.
-            while not self._has_ended():  # noqa: ASYNC110
-                await asyncio.sleep(_LOOK_S)
+            while not self._has_ended():
+                await clock.sleep_s(_LOOK_S)
         if self._popen is not None and self._popen.returncode is None:
             # Before the process is reaped its group's number cannot belong to anybody else.
             processes.signal_group(self.pid, signal.SIGKILL)
@@ -81,10 +82,12 @@ class Child:
         return processes.exit_code_of(self._popen.returncode)
 
     def abandon(self) -> None:
-        """Let go of a process that was started and never handed its spec: it ends by itself."""
-        if self._popen is not None and self._popen.stdin is not None:
-            self._popen.stdin.close()
-            self._popen.wait(timeout=processes.KILLED_WAIT_S)
+        """Kill a process that was started and is not handed its spec."""
+        assert self._popen is not None, "an adopted worker has its spec"
+        assert self._popen.stdin is not None, "a worker is started with a pipe as stdin"
+        self._popen.stdin.close()
+        self.kill()
+        self._popen.wait(timeout=processes.KILLED_WAIT_S)
 
     def _has_ended(self) -> bool:
         if self._popen is not None:

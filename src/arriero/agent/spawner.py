@@ -13,7 +13,7 @@ from arriero.agent.child import Child
 from arriero.agent.held import Held, callback_token
 from arriero.agent.oom import OomWitness
 from arriero.agent.preflight import Plan, Preflight, spec_of
-from arriero.agent.supervisor import Supervisor, write_run
+from arriero.agent.supervisor import Supervisor, remove_traces, write_run
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import WorkerRecord, WorkerRunRecord
@@ -117,18 +117,16 @@ class Spawner:
     def _start(self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan) -> WorkerRecord:
         worker_id = ids.worker_id(self._entropy.hex(12))
         log_path = self._state.log_file(f"workers/{worker_id}")
-        run_dir = socket_dir(worker_id)
-        run_dir.mkdir(mode=0o700)
-        started: Child | None = None
+        argv = children.worker_argv(self._settings.worker_command)
+        started = children.start(argv, log_path=log_path, env=worker_env(os.environ))
+        held, record = self._describe(body, worker_id, log_path, started, engine, plan)
         try:
-            argv = children.worker_argv(self._settings.worker_command)
-            started = children.start(argv, log_path=log_path, env=worker_env(os.environ))
-            held, record = self._describe(body, worker_id, log_path, run_dir, started, engine, plan)
+            # In this order an agent that dies in between leaves nothing that the next does not find.
             write_run(self._state, held.run)
+            held.run_dir.mkdir(mode=0o700)
         except BaseException:
-            if started is not None:
-                started.abandon()
-            run_dir.rmdir()
+            started.abandon()
+            remove_traces(self._state, held)
             raise
         started.hand_over(self._worker_spec(entry, held, record, plan))
         self._supervisor.counts.spawns += 1
@@ -147,7 +145,7 @@ class Spawner:
         return record
 
     def _describe(
-        self, body: SpawnBody, worker_id: str, log_path: Path, run_dir: Path, started: Child,
+        self, body: SpawnBody, worker_id: str, log_path: Path, started: Child,
         engine: str, plan: Plan,
     ) -> tuple[Held, WorkerRecord]:  # fmt: skip
         now_unix = self._clock.wall_s()
@@ -178,7 +176,7 @@ class Spawner:
             estimated_host_mb=plan.need.host_mb,
             estimated_device_mb=plan.need.device_mb,
         )
-        return Held(run=run, child=started, run_dir=run_dir, oom=oom), record
+        return Held(run=run, child=started, run_dir=socket_dir(worker_id), oom=oom), record
 
     def _worker_spec(self, entry: CatalogEntry, held: Held, record: WorkerRecord, plan: Plan) -> WorkerSpec:
         settings = self._settings

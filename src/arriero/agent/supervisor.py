@@ -6,6 +6,7 @@ What is decided from what is seen stands in `domain` (`WorkerRegistry`, `worker_
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import shutil
 from dataclasses import dataclass
@@ -171,8 +172,8 @@ class Supervisor:
             fail(ErrorCode.INVALID_REQUEST, "the worker has another model than asked for", param="model_ref")
         if not record.url:
             after = self.registry.update(record.worker_id, **with_url(record, callback.url))
-            self._save(held, after)
             held.called_back.set()
+            self._save(held, after)
         return self.registry.get(callback.worker_id)
 
     # --- Stopping -----------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class Supervisor:
     async def _attend(self, held: Held) -> None:
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch(held), name=f"watch-{held.worker_id}")
-            await held.child.wait_ended()
+            await held.child.wait_ended(self._clock)
             watch.cancel()
         self._end(held)
 
@@ -262,6 +263,7 @@ class Supervisor:
             url=self.registry.get(held.worker_id).url,
             token=held.token,
             lease=self._lease,
+            clock=self._clock,
             limits=WatchLimits(self._settings.health_interval_s, self._settings.health_failures_max),
             on_health=lambda health: self._heard(held, health),
             on_unhealthy=lambda error: self._unhealthy(held, error),
@@ -414,8 +416,12 @@ class Supervisor:
         return held.log_path, held.ended
 
     def _save(self, held: Held, record: WorkerRecord) -> None:
+        """Write down what the next agent needs; a full disk must not stop a worker that is well."""
         held.run = msgspec.structs.replace(held.run, record=record)
-        write_run(self._state, held.run)
+        try:
+            write_run(self._state, held.run)
+        except ArrieroError as error:
+            self._log.warning("record_not_written", worker_id=held.worker_id, code=str(error.code))
 
 
 def read_exit(run_dir: Path) -> WorkerExit | None:
@@ -424,10 +430,12 @@ def read_exit(run_dir: Path) -> WorkerExit | None:
 
 
 def write_run(state: StateDir, run: WorkerRunRecord) -> None:
-    """Write a worker's run record.  Raises STATE_DIR_UNUSABLE."""
+    """Write a worker's run record.  Raises INSUFFICIENT_DISK or STATE_DIR_UNUSABLE."""
     try:
         state_dir.write(state.worker_file(run.record.worker_id), run)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArrieroError(ErrorCode.INSUFFICIENT_DISK, "no room for a worker's record") from error
         raise ArrieroError(
             ErrorCode.STATE_DIR_UNUSABLE, f"a worker's record cannot be written: {error.strerror}"
         ) from error

@@ -30,7 +30,7 @@ def rotate(path: Path, bytes_max: int) -> bool:
             return False
         with path.open("r+b") as source, path.with_suffix(".log.1").open("wb") as target:
             os.fchmod(target.fileno(), 0o600)
-            # A second pass takes what came during the first; then there is next to nothing left.
+            # To the very end: what was written meanwhile is taken along.
             while block := source.read(READ_BYTES):
                 target.write(block)
             source.truncate(0)

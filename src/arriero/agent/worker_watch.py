@@ -14,6 +14,7 @@ import msgspec
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import WorkerHealth
 from arriero.contracts.states import WorkerState
+from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http, Peer
 
 LEASE_HEADER: Final = "X-Arriero-Lease"
@@ -53,12 +54,14 @@ class WorkerWatch:
         token: str,
         lease: str,
         limits: WatchLimits,
+        clock: Clock,
         on_health: Callable[[WorkerHealth], None],
         on_unhealthy: Callable[[ArrieroError], None],
     ) -> None:
         self._peer: Peer = http.peer(url, token)
         self._headers = {LEASE_HEADER: lease}
         self._limits = limits
+        self._clock = clock
         self._on_health = on_health
         self._on_unhealthy = on_unhealthy
         self._state = WorkerState.STARTING
@@ -100,7 +103,9 @@ class WorkerWatch:
                     return
             is_quick = not self._is_streaming and self._state in (WorkerState.STARTING, WorkerState.LOADING)
             interval_s = self._limits.interval_s
-            await asyncio.sleep(min(LOADING_POLL_S, interval_s) if is_quick and not failures else interval_s)
+            await self._clock.sleep_s(
+                min(LOADING_POLL_S, interval_s) if is_quick and not failures else interval_s
+            )
 
     async def _follow(self) -> None:
         """Hold the state stream; come back when it breaks.  A worker without one is only polled."""
@@ -112,7 +117,7 @@ class WorkerWatch:
                     return
             finally:
                 self._is_streaming = False
-            await asyncio.sleep(min(LOADING_POLL_S, self._limits.interval_s))
+            await self._clock.sleep_s(min(LOADING_POLL_S, self._limits.interval_s))
 
     async def _read_stream(self) -> None:
         events = self._peer.events(

@@ -44,14 +44,14 @@ class Nvml(Protocol):
 
     NVMLError: type[Exception]
 
-    def nvmlInit(self) -> None: ...  # noqa: N802, D102  pynvml's names.
-    def nvmlShutdown(self) -> None: ...  # noqa: N802, D102
-    def nvmlSystemGetDriverVersion(self) -> Any: ...  # noqa: N802, D102
-    def nvmlDeviceGetCount(self) -> int: ...  # noqa: N802, D102
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any: ...  # noqa: N802, D102
-    def nvmlDeviceGetName(self, handle: Any) -> Any: ...  # noqa: N802, D102
-    def nvmlDeviceGetUUID(self, handle: Any) -> Any: ...  # noqa: N802, D102
-    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any: ...  # noqa: N802, D102
+    def nvmlInit(self) -> None: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlShutdown(self) -> None: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlSystemGetDriverVersion(self) -> Any: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlDeviceGetCount(self) -> int: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlDeviceGetName(self, handle: Any) -> Any: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlDeviceGetUUID(self, handle: Any) -> Any: ...  # noqa: N802, D102  pynvml's name.
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any: ...  # noqa: N802, D102  pynvml's name.
 
 
 def read(processor: str = "") -> DeviceReport:

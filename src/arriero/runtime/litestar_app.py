@@ -1,8 +1,9 @@
 """How does a daemon's Litestar application answer errors in the one shape?"""
 
 import logging
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from litestar import Litestar, Request, Response
@@ -15,6 +16,7 @@ from arriero.contracts.version import __version__
 from arriero.runtime.asgi import error_bytes
 
 _log = logging.getLogger("arriero.http")
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]*)`")
 
 
 def make_app(
@@ -81,7 +83,8 @@ async def decode_body(request: Request[Any, Any, Any], kind: type[Any]) -> Any:
         return msgspec.json.decode(await request.body(), type=kind)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at ")
-        field = where.strip("`$.") or None
+        named = _UNKNOWN_FIELD.search(reason)
+        field = named[1] if named else where.strip("`$.") or None
         raise ArrieroError(ErrorCode.INVALID_REQUEST, str(error)[:500], param=field, reason=reason) from error
     except msgspec.DecodeError as error:
         raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error

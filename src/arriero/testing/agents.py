@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+import msgspec
+
 from arriero.client.api import Agent
 from arriero.contracts.records import RunRecord, WorkerRecord
 from arriero.contracts.requests import SpawnBody
@@ -21,7 +23,7 @@ from arriero.runtime import processes
 from arriero.runtime.state_dir import StateDir, socket_dir, worker_identity
 
 T = TypeVar("T")
-START_LIMIT_S: Final = 15.0
+START_LIMIT_S: Final = 30.0
 WAIT_LIMIT_S: Final = 10.0
 _LOOK_S: Final = 0.02
 
@@ -119,7 +121,7 @@ class AgentProcess:
 
     def spawn(self, model_ref: str = "demo", **fields: object) -> WorkerRecord:
         """Start a worker."""
-        return self.client.spawn(SpawnBody(model_ref=model_ref, **fields))  # type: ignore[arg-type]
+        return self.client.spawn(msgspec.convert({"model_ref": model_ref, **fields}, SpawnBody))
 
     def wait_worker(
         self, worker_id: str, *states: WorkerState, limit_s: float = WAIT_LIMIT_S

@@ -76,6 +76,7 @@ class Pool:
             **(settings or {}),
         }
         self._daemons: dict[Role, subprocess.Popen[bytes]] = {}
+        self._was_killed = False
 
     def __enter__(self) -> Self:
         return self
@@ -134,6 +135,7 @@ class Pool:
     def kill(self, role: Role) -> None:
         """End a daemon by SIGKILL."""
         process = self._daemons.pop(role)
+        self._was_killed = True
         process.kill()
         process.wait(STOP_TIMEOUT_S)
 
@@ -196,7 +198,12 @@ class Pool:
     # --- The end ----------------------------------------------------------------------------------
 
     def stop(self) -> list[str]:
-        """End the daemons by SIGTERM, and return what is left behind of them."""
+        """End the daemons by SIGTERM, and return what is left behind of them.
+
+        Where one was killed, `arriero down` has to tidy up first.
+        """
+        if self._was_killed:
+            self.run("down")
         for process in self._daemons.values():
             process.terminate()
         for process in self._daemons.values():

@@ -104,8 +104,7 @@ Feature: A download tells how far it is
   Scenario: A source that fails a few times is asked again, later each time
     Given an agent
     And an origin that serves a model after 3 failures
-    When the agent begins to fetch the model
-    Then it retries with exponential backoff
+    Then fetching it retries with exponential backoff
     And it succeeds
     And 4 attempts were made
     And the model's file is whole
@@ -113,8 +112,7 @@ Feature: A download tells how far it is
   Scenario: A connection that breaks off in the middle costs nothing that was fetched
     Given an agent
     And an origin that breaks off once in the middle
-    When the agent begins to fetch the model
-    Then it retries with exponential backoff
+    Then fetching it retries with exponential backoff
     And it succeeds
     And 2 attempts were made
     And the model's file is whole
@@ -123,8 +121,7 @@ Feature: A download tells how far it is
     Given the setting download_attempts is 3
     And an agent
     And an origin that answers 503 to everything
-    When the agent begins to fetch the model
-    Then it retries with exponential backoff
+    Then fetching it retries with exponential backoff
     And it fails with exit code 1 and DOWNLOAD_FAILED
     And 3 attempts were made
 
@@ -133,7 +130,6 @@ Feature: A download tells how far it is
     And the setting download_stall_s is 0.3
     And an agent
     And an origin that sends the beginning and then nothing
-    When the agent begins to fetch the model
-    Then it retries with exponential backoff
+    Then fetching it retries with exponential backoff
     And it fails with exit code 124 and DOWNLOAD_TIMEOUT
     And 2 attempts were made

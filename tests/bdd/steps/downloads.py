@@ -1,11 +1,14 @@
 """How far is a download?"""
 
 import json
+import time
 from collections.abc import Mapping
-from urllib.parse import urljoin
+from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 from pytest_bdd import given, parsers, then, when
 
+from arriero.client.api import Caller
 from arriero.contracts.requests import DownloadBody
 from arriero.testing.gguf_writer import write_llama
 from tests.bdd.world import LOG, World
@@ -37,7 +40,7 @@ def given_flaky_origin(world: World, count: int) -> None:
 
 @given("an origin that breaks off once in the middle")
 def given_breaking_origin(world: World) -> None:
-    serve_model(world, {"cut_after": 600_000}, {})
+    serve_model(world, {"cut_after": 100_000}, {})
 
 
 @given(parsers.parse("an origin that answers {status:d} to everything"))
@@ -47,7 +50,7 @@ def given_refusing_origin(world: World, status: int) -> None:
 
 @given("an origin that sends the beginning and then nothing")
 def given_stalling_origin(world: World) -> None:
-    serve_model(world, {"stall_after": 300_000})
+    serve_model(world, {"stall_after": 50_000})
 
 
 @given("an origin that serves something that is no model")
@@ -127,28 +130,46 @@ def then_file_is_whole(world: World) -> None:
         assert fetched.read() == served.read()
 
 
-@then("it retries with exponential backoff")
+@then("fetching it retries with exponential backoff")
 def then_retries_with_exponential_backoff(world: World) -> None:
-    """Read the download's progress to its end and hold every wait against the rule.
+    """Have the agent fetch the model, and hold every wait that its progress tells against the rule.
 
     Full jitter: before attempt n + 1 anything up to 100 ms doubled n - 1 times, 30 s at most; and the
-    next attempt really begins no earlier.  Ends as the download does.
+    next attempt begins no earlier.  Ends as `arriero probe download-progress` judges the download.
     """
+    when_agent_fetches(world)
+    # The waits are short: they are read here, from the first moment on, and judged once more by the probe.
+    frames = read_progress(world.addresses[DOWNLOAD], world.running_pool.record("agent").token)
     then_download_progress_stream(world, DOWNLOAD)
-    attempts = [frame["attempt"] for frame in world.events]
+    world.events = frames
+    attempts = [frame.get("attempt", 1) for frame in frames]
     assert attempts == sorted(attempts), attempts
-    waits = {f["attempt"]: (f["at_s"], f["retry_in_s"]) for f in world.events if "retry_in_s" in f}
+    waits = {f.get("attempt", 1): (f["at_s"], f["retry_in_s"]) for f in frames if "retry_in_s" in f}
     LOG.info("attempts %s, waits %s", sorted(set(attempts)), waits)
     assert waits, "no wait was told"
     for attempt, (at_s, wait_s) in waits.items():
         bound_s = min(30.0, 0.1 * 2 ** (attempt - 1))
         assert 0.0 <= wait_s <= bound_s, f"before attempt {attempt + 1}: {wait_s} s, the bound is {bound_s} s"
-        later = [frame["at_s"] for frame in world.events if frame["attempt"] > attempt]
-        # Both moments are when the frame was read: a frame may be read a little after it was sent.
-        assert not later or later[0] - at_s >= wait_s - 0.05, f"attempt {attempt + 1} came too early"
+        later = [frame["at_s"] for frame in frames if frame.get("attempt", 1) > attempt]
+        # Both moments are when a frame was read, a little after it was sent.
+        assert not later or later[0] - at_s >= wait_s - 0.1, f"attempt {attempt + 1} came too early"
+
+
+def read_progress(url: str, token: str) -> list[dict[str, Any]]:
+    """Read a download's progress stream to its end; each frame with the moment it was read (`at_s`)."""
+    split = urlsplit(url)
+    caller = Caller(f"{split.scheme}://{split.netloc}", token)
+    frames: list[dict[str, Any]] = []
+    with caller.stream("GET", f"{split.path}?{split.query}", silence_s=20.0) as stream:
+        for event in stream:
+            if event.event == "error":
+                break
+            if event.comment is None:
+                frames.append({"at_s": time.monotonic(), **json.loads(event.data)})
+    return frames
 
 
 @then(parsers.parse("{count:d} attempts were made"))
 def then_attempts(world: World, count: int) -> None:
-    told = max(frame["attempt"] for frame in world.events)
-    assert told == count, [frame["attempt"] for frame in world.events]
+    told = max(frame.get("attempt", 1) for frame in world.events)
+    assert told == count, [frame.get("attempt", 1) for frame in world.events]

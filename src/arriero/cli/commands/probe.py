@@ -48,9 +48,11 @@ def _parameters(row: Probe) -> list[click.Parameter]:
     else:
         replaced = f"Address that replaces {row.url_replaces}."
         parameters.append(click.Option(["--url"], default=None, help=replaced))
-        if not row.is_of_agent:
-            is_agent = click.Option(["--agent", "is_agent"], is_flag=True, help="Ask the agent's registry.")
-            parameters.append(is_agent)
+        # Some probes ask the agent in any case; the flag is taken there, too, and not shown.
+        is_agent = click.Option(
+            ["--agent", "is_agent"], is_flag=True, hidden=row.is_of_agent, help="Ask the agent's registry."
+        )
+        parameters.append(is_agent)
     if row.has_worker:
         parameters.append(click.Option(["--worker", "worker_id"], default=None, help="Id of the worker."))
     parameters += [_option(option) for option in row.options]
@@ -73,9 +75,7 @@ def _parameters(row: Probe) -> list[click.Parameter]:
 def _make(row: Probe) -> click.Command:
     def run(*, as_json: bool, **given: Any) -> int:
         if not row.is_of_url:
-            given["where"] = Where(
-                given.pop("url"), given.pop("is_agent", False), given.pop("worker_id", None)
-            )
+            given["where"] = Where(given.pop("url"), given.pop("is_agent"), given.pop("worker_id", None))
         if row.is_telling:
             given["tell"] = render.note
         result = row.ask(**given)

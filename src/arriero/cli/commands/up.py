@@ -83,10 +83,24 @@ def _tell(state: StateDir, missing: list[str], *, as_json: bool) -> None:
         }
         render.data(shown)
         return
+    orchestrator = records["orchestrator"]
+    if orchestrator is not None and "orchestrator" not in missing and _leaves_when_idle(orchestrator.pid):
+        render.note(
+            "it was started by `infer` and leaves when idle; `arriero down`, then `up`, makes it stay"
+        )
     for role, record in records.items():
         if record is not None:
             how = "" if role in missing else "  (was running already)"
             render.out(f"{role:<13} {record.url}{how}")
+
+
+def _leaves_when_idle(pid: int) -> bool:
+    import psutil
+
+    try:
+        return "--background" in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _stay(state: StateDir, starting: launch.Launch, grace_s: float, narrator: Narrator) -> None:

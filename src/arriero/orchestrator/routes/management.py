@@ -22,6 +22,7 @@ from arriero.contracts.records import (
     WorkerRecord,
 )
 from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
+from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants
 from arriero.orchestrator import metrics
@@ -210,6 +211,8 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         started = await node.peer.call(
             "POST", "/v1/models/download", body=DownloadBody(model_ref=body.model_ref), answer=DownloadStarted
         )
+        # Known at once, whichever comes first: the next request or the agent's event.
+        node.downloads.setdefault(started.download_id, _queued(started.download_id, body.model_ref))
         return DownloadAccepted(
             download_id=started.download_id,
             progress_url=f"/v1/downloads/progress?download_id={started.download_id}",
@@ -228,6 +231,16 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
 
     return [list_downloads, start_download, get_download, cancel_download]
+
+
+def _queued(download_id: str, model_ref: str) -> DownloadRecord:
+    return DownloadRecord(
+        download_id=download_id,
+        model_ref=model_ref,
+        state=DownloadState.QUEUED,
+        bytes_downloaded=0,
+        bytes_total=None,
+    )
 
 
 def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:

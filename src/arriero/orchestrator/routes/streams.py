@@ -79,13 +79,14 @@ class Front:
     async def _post_task(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = decode_strictly(await read_body(receive), TaskBody)
         is_owned = "text/event-stream" in header(scope, b"accept")
-        task = await self._o.tasks.accept(
+        accepted = await self._o.tasks.accept(
             body,
             request_id=request_id(scope),
             remaining_ms=remaining_ms(scope, body.timeout),
             is_owned=is_owned,
             key=header(scope, b"idempotency-key"),
         )
+        task = accepted.task
         record = task.shown() if isinstance(task, Task) else task
         location = (b"location", f"/v1/tasks/{record.task_id}".encode())
         if not is_owned:
@@ -93,7 +94,7 @@ class Front:
             return
         if not isinstance(task, Task):
             task = await self._o.tasks.with_events(record.task_id)
-        is_owner = task.is_owned and task.request_id == request_id(scope)
+        is_owner = accepted.is_new
         await SseResponse(frames(task, after=0, is_owner=is_owner), headers=[location])(scope, receive, send)
 
     async def _task_events(self, scope: Scope, receive: Receive, send: Send) -> None:
