@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from arriero.runtime import processes
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.sse import SseEvent
 from arriero.testing import memory_limit
-from arriero.testing.gguf_writer import LlamaShape, write_llama
+from arriero.testing.gguf_writer import U32, LlamaShape, llama_file, write_llama
 from arriero.testing.workers import HandStarter, HandWorker, hand_starter
 
 SLOW: dict[str, Any] = {"token_s": 0.02}
@@ -223,6 +224,37 @@ async def test_a_stream_that_is_slow_but_moves_is_not_stalled(starter: HandStart
     worker = starter.start(stall_s=1.0, engine_options={"token_s": 0.2})
     async with peer_of(worker) as peer:
         assert await end_of(await begun(peer, max_tokens=10)) == "done"
+
+
+def test_a_client_that_does_not_read_gives_its_slot_back(starter: HandStarter) -> None:
+    # A long name makes every chunk two kilobytes: what lies between us and the worker is soon full.
+    worker = starter.start(stall_s=0.5, context_tokens=1_000_000, model_ref=f"file:///{'m' * 2000}")
+    body = {"messages": [{"role": "user", "content": "Count from 1 to 5000."}], "stream": True}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(worker.url.rpartition(":")[2])))
+        client.sendall(f"{head}Authorization: Bearer {worker.token}\r\n\r\n".encode() + content)
+        worker.wait_logged("request_ended")
+        assert [line["code"] for line in worker.logged("request_ended")] == ["STREAM_STALLED"]
+
+
+def test_a_model_for_embeddings_makes_nothing_else(starter: HandStarter, tmp_path: Path) -> None:
+    file = llama_file()
+    file.set("llama.pooling_type", U32, 1)
+    worker = starter.start(engine="llamacpp", model_path=str(file.write(tmp_path / "model.gguf")))
+
+    async def ask() -> None:
+        async with peer_of(worker) as peer:
+            found = await peer.call("POST", "/v1/embeddings", body={"input": "hi"}, answer=dict)
+            assert len(found["data"][0]["embedding"]) > 1
+            for path, body in (("/v1/inference", {"prompt": "a"}), ("/v1/completions", {"prompt": "a"})):
+                with pytest.raises(ArrieroError) as caught:
+                    await peer.call("POST", path, body=body)
+                assert caught.value.code is ErrorCode.INVALID_REQUEST
+
+    asyncio.run(ask())
 
 
 # --- ending ----------------------------------------------------------------------------------
