@@ -145,7 +145,7 @@ def tokenizer_of(file: GgufFile) -> Tokenizer:
     return Tokenizer(tuple(said["tokenizer.ggml.tokens"]), tuple((a, b) for a, b in merges))
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def greedy(model: DemoModel, prompt_ids: list[int], *, tokens_max: int) -> tuple[list[int], float]:
     """Return the most likely next ids up to the end token, and the smallest lead of any of them."""
     ids = list(prompt_ids)
