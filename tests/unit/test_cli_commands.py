@@ -11,7 +11,7 @@ import pytest
 from arriero.cli import main as cli
 from arriero.cli.commands import daemons
 
-HEAVY = ("click", "rich", "msgspec", "litestar", "aiohttp", "uvicorn", "psutil", "platformdirs", "structlog")
+HEAVY = ("click", "rich", "msgspec", "litestar", "aiohttp", "uvicorn", "psutil", "platformdirs")
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
