@@ -36,6 +36,14 @@ def worker_of(agent: AgentProcess, record: WorkerRecord) -> Worker:
     return Worker(record.url, token_of(agent, record.worker_id))
 
 
+def engine_of(agent: AgentProcess, record: WorkerRecord) -> processes.Identity:
+    pid = worker_of(agent, record).health().engine_pid
+    assert pid is not None
+    engine = processes.identity(pid)
+    assert engine is not None
+    return engine
+
+
 def fake(agent: AgentProcess, *, until: S = S.IDLE, **knobs: Any) -> WorkerRecord:
     spawned = agent.spawn("demo", engine="fake", options=knobs)
     return agent.wait_worker(spawned.worker_id, until)
@@ -157,11 +165,9 @@ def test_an_engine_that_is_killed_fails_its_worker(home: Path) -> None:
 
 def test_a_killed_worker_takes_its_engine_along(home: Path) -> None:
     with AgentProcess(home, FAKE) as agent:
-        idle = fake(agent, child=True)
-        engine_pid = worker_of(agent, idle).health().engine_pid
-        assert engine_pid is not None
-        engine = processes.identity(engine_pid)
-        assert engine is not None
+        # Not even one that reacts to nothing stays behind.
+        idle = fake(agent, child=True, hang_unload=True)
+        engine = engine_of(agent, idle)
         os.kill(idle.pid, signal.SIGKILL)
         agent.wait_worker(idle.worker_id, S.FAILED)
         assert processes.wait_gone(engine, 5)
@@ -171,7 +177,9 @@ def test_sigterm_ends_workers_whose_engines_hang(home: Path) -> None:
     with AgentProcess(home, {**FAKE, "stop_grace_s": "1"}) as agent:
         idle = [fake(agent, hang_unload=True, child=True) for _ in range(2)]
         identities = [identity_of(agent, record.worker_id) for record in idle]
+        engines = [engine_of(agent, record) for record in idle]
         assert agent.terminate() == 0
+        assert all(processes.wait_gone(engine, 5) for engine in engines)
         assert all(has_left_nothing(agent, r, who) for r, who in zip(idle, identities, strict=True))
 
 

@@ -77,7 +77,9 @@ def test_decisions_have_no_clock_chance_or_io() -> None:
 
 def test_time_and_chance_are_handed_in() -> None:
     """Only `runtime` (and the child of the engine, which has no loop) reads clock and chance."""
-    banned = re.compile(r"\b(time\.(time|monotonic|sleep)|random\.(random|choice|uniform)|asyncio\.sleep)\((?!0\))")
+    banned = re.compile(
+        r"\b(time\.(time|monotonic|sleep)|random\.(random|choice|uniform)|asyncio\.sleep)\((?!0\))"
+    )
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in ROOT.glob("src/arriero/*/**/*.py")

@@ -1,7 +1,5 @@
 """Do the parts of the llama.cpp adapter read what llama.cpp writes?  (Without the engine.)"""
 
-
-
 import json
 from pathlib import Path
 from typing import Any

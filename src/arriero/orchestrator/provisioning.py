@@ -229,7 +229,7 @@ class ModelProvisioner:
                     job.tell(_downloading(node, model_ref, frame))
                     return
                 if frame.stage in (DownloadState.FAILED, DownloadState.CANCELLED):
-                    fail(ErrorCode.DOWNLOAD_FAILED, f"the download of {model_ref} was {frame.stage}")
+                    continue  # The event after this one carries the reason.
                 if now_s - told_s >= TELL_EVERY_S:
                     told_s = now_s
                     job.tell(_downloading(node, model_ref, frame))
