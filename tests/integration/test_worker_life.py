@@ -142,10 +142,12 @@ async def test_loading_is_told_as_it_goes_and_requests_wait_outside(starter: Han
         assert (await peer.call("GET", "/v1/ready", answer=WorkerReady)).ready
 
 
-def test_a_load_that_fails_is_written_down(starter: HandStarter) -> None:
-    options = {"load_s": 2.0, "load_steps": 2, "fail_load": "tensor blk.0 is missing"}
-    worker = starter.start(wait_for=None, engine_options=options)
-    assert worker.wait_exit() == 1
+async def test_a_load_that_fails_ends_the_progress_with_its_error(starter: HandStarter) -> None:
+    options = {"load_s": 4.0, "load_steps": 2, "fail_load": "tensor blk.0 is missing"}
+    worker = starter.start(wait_for="loading", engine_options=options)
+    async with peer_of(worker) as peer:
+        assert await end_of(peer.events("/v1/progress")) == "WORKER_START_FAILED"
+    assert await exit_code(worker) == 1
     ended = worker.exit_file()
     assert ended is not None
     assert (ended.code, ended.exit_code, ended.signal) == ("WORKER_START_FAILED", 1, None)

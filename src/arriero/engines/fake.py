@@ -6,7 +6,8 @@ the real ones.  It never proves anything about hardware.
 Knobs (`EngineSpec.options`, unknown ones are refused):
 
 - `load_s`, `load_steps`: how long loading takes, and in how many steps.
-- `fail_load`: loading fails after its first step with this text (WORKER_START_FAILED).
+- `fail_load`: loading fails when the time of its first step is over, with this text
+  (WORKER_START_FAILED).
 - `token_s`: how long a token takes, and so does a batch of 256 tokens of a prompt.
 - `exit_after_tokens`: the engine dies when a stream has brought so many tokens and would bring one
   more (counted for each stream by itself; the others die with it).
@@ -170,10 +171,10 @@ class FakeEngine:
             for step in range(script.load_steps + 1):
                 fraction = step / max(1, script.load_steps)
                 yield LoadProgress(fraction, int(fraction * BLOCKS), BLOCKS, int(fraction * script.memory_mb))
-                if script.fail_load is not None:
-                    fail(ErrorCode.WORKER_START_FAILED, script.fail_load, log_tail=[script.fail_load])
                 if step < script.load_steps and script.load_s > 0:
                     await self._wait(script.load_s / script.load_steps)
+                if script.fail_load is not None:
+                    fail(ErrorCode.WORKER_START_FAILED, script.fail_load, log_tail=[script.fail_load])
         except BaseException:
             await self.unload(0.0)
             raise

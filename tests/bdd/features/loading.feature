@@ -80,7 +80,7 @@ Feature: A model's loading is shown as it goes
 
   Scenario: The engine refuses the model
     Given workers whose engine refuses to load
-    And workers whose model takes 1500 ms to load
+    And workers whose model takes 12000 ms to load
     And a pool
     And a worker that loads
     Then its loading progress streams
