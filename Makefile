@@ -22,9 +22,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
 ## One answer from the demo model, through CLI, orchestrator, agent, worker and engine.
 demo: $(VENV)/.runtime
 	@home=$$(mktemp -d); trap 'rm -rf $$home' EXIT; \
-		echo '$$ arriero infer --ephemeral --model demo "Count from 5 to 25."'; \
+		echo '$$ arriero infer --ephemeral --model demo --temperature 0 "Count from 5 to 25."'; \
 		ARRIERO_HOME=$$home ARRIERO_ORCHESTRATOR_PORT=0 ARRIERO_AGENT_PORT=0 \
-		$(BIN)/arriero infer --ephemeral --model demo "Count from 5 to 25."
+		$(BIN)/arriero infer --ephemeral --model demo --temperature 0 "Count from 5 to 25."
 
 ## All tests.
 test: $(VENV)/.dev
@@ -50,7 +50,7 @@ train:
 
 ## Makes docs/reference anew from the tables in the code.
 docs: $(VENV)/.dev
-	$(BIN)/python tools/docs.py
+	$(BIN)/python -m tools.docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests tools

@@ -63,8 +63,49 @@ def states_page() -> str:
     return "\n".join(lines)
 
 
+def http_page() -> str:
+    from tools.docs_http import rows
+
+    lines = ["# HTTP", "", NOTE, ""]
+    lines += [
+        "JSON in and out; streams are `text/event-stream`. The orchestrator is the one address for clients; agents and",
+        "workers listen on loopback and demand the token in their run files. `GET /openapi.json` of the orchestrator",
+        "has the shapes; errors are those of [errors.md](errors.md).",
+        "",
+    ]
+    for daemon, found in rows().items():
+        lines += [f"## {daemon}", "", "| route | what |", "|---|---|"]
+        lines += [f"| `{method} {path}` | {text} |" for path, method, text in found]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cli_page() -> str:
+    import click
+
+    from arriero.cli.main import cli
+
+    lines = ["# Command line", "", NOTE, ""]
+
+    def add(command: click.Command, name: str, parent: click.Context | None) -> None:
+        context = click.Context(
+            command, info_name=name, parent=parent, terminal_width=100, max_content_width=100
+        )
+        lines.extend([f"## `{context.command_path}`", "", "```", command.get_help(context), "```", ""])
+        if isinstance(command, click.Group):
+            for child in command.list_commands(context):
+                found = command.get_command(context, child)
+                if found is not None and not found.hidden:
+                    add(found, child, context)
+
+    add(cli, "arriero", None)
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": cli_page,
     "errors.md": errors_page,
+    "http.md": http_page,
     "settings.md": settings_page,
     "states.md": states_page,
 }

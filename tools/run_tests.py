@@ -11,7 +11,7 @@ from pathlib import Path
 PYTEST = str(Path(sys.executable).parent / "pytest")
 RUNS = [
     ["-n", "2", "tests/unit", "tests/conformance"],
-    ["tests/integration", "tests/bdd"],
+    ["tests/integration", "tests/chaos", "tests/bdd"],
 ]
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error)")
 

@@ -36,6 +36,14 @@ def worker_of(agent: AgentProcess, record: WorkerRecord) -> Worker:
     return Worker(record.url, token_of(agent, record.worker_id))
 
 
+def engine_of(agent: AgentProcess, record: WorkerRecord) -> processes.Identity:
+    pid = worker_of(agent, record).health().engine_pid
+    assert pid is not None
+    engine = processes.identity(pid)
+    assert engine is not None
+    return engine
+
+
 def fake(agent: AgentProcess, *, until: S = S.IDLE, **knobs: Any) -> WorkerRecord:
     spawned = agent.spawn("demo", engine="fake", options=knobs)
     return agent.wait_worker(spawned.worker_id, until)
@@ -97,6 +105,26 @@ def test_memory_promised_to_a_loading_worker_is_not_given_twice(home: Path) -> N
         fake(agent, memory_mb=1)
 
 
+def test_of_many_requests_at_once_no_more_are_taken_than_fit(home: Path) -> None:
+    with AgentProcess(home, FAKE) as agent:
+        free_mb = agent.client.capabilities().ram_free_mb
+        codes: list[str] = []
+
+        def ask() -> None:
+            try:
+                agent.spawn("demo", engine="fake", options={"memory_mb": free_mb * 6 // 10, "load_s": 60})
+                codes.append("taken")
+            except ArrieroError as error:
+                codes.append(str(error.code))
+
+        asking = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join(15)
+        assert sorted(codes) == ["INSUFFICIENT_RAM"] * 5 + ["taken"]
+
+
 def test_a_file_that_is_no_model_is_refused_before_anything_starts(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + b"\xff" * 100)
@@ -137,11 +165,9 @@ def test_an_engine_that_is_killed_fails_its_worker(home: Path) -> None:
 
 def test_a_killed_worker_takes_its_engine_along(home: Path) -> None:
     with AgentProcess(home, FAKE) as agent:
-        idle = fake(agent, child=True)
-        engine_pid = worker_of(agent, idle).health().engine_pid
-        assert engine_pid is not None
-        engine = processes.identity(engine_pid)
-        assert engine is not None
+        # Not even one that reacts to nothing stays behind.
+        idle = fake(agent, child=True, hang_unload=True)
+        engine = engine_of(agent, idle)
         os.kill(idle.pid, signal.SIGKILL)
         agent.wait_worker(idle.worker_id, S.FAILED)
         assert processes.wait_gone(engine, 5)
@@ -151,7 +177,9 @@ def test_sigterm_ends_workers_whose_engines_hang(home: Path) -> None:
     with AgentProcess(home, {**FAKE, "stop_grace_s": "1"}) as agent:
         idle = [fake(agent, hang_unload=True, child=True) for _ in range(2)]
         identities = [identity_of(agent, record.worker_id) for record in idle]
+        engines = [engine_of(agent, record) for record in idle]
         assert agent.terminate() == 0
+        assert all(processes.wait_gone(engine, 5) for engine in engines)
         assert all(has_left_nothing(agent, r, who) for r, who in zip(idle, identities, strict=True))
 
 

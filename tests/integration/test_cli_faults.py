@@ -95,7 +95,8 @@ def test_ctrl_c_frees_the_slot_on_the_worker(home: Home) -> None:
     done = cli.interrupt(process)
     assert done.code == 130 and done.out.startswith(" 2 3") and done.out.endswith("\n") and done.err == ""
     until("the slot is free", lambda: state_of_worker(home) == "idle")
-    home.run("down")
+    pid = worker_pid(home)
+    assert f"(pid {pid}) ended by its agent" in home.run("down").out
     home.assert_clean()
 
 

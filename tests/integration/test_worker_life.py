@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from arriero.runtime import processes
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.sse import SseEvent
 from arriero.testing import memory_limit
-from arriero.testing.gguf_writer import write_llama
+from arriero.testing.gguf_writer import U32, LlamaShape, llama_file, write_llama
 from arriero.testing.workers import HandStarter, HandWorker, hand_starter
 
 SLOW: dict[str, Any] = {"token_s": 0.02}
@@ -225,6 +226,37 @@ async def test_a_stream_that_is_slow_but_moves_is_not_stalled(starter: HandStart
         assert await end_of(await begun(peer, max_tokens=10)) == "done"
 
 
+def test_a_client_that_does_not_read_gives_its_slot_back(starter: HandStarter) -> None:
+    # A long name makes every chunk two kilobytes: what lies between us and the worker is soon full.
+    worker = starter.start(stall_s=0.5, context_tokens=1_000_000, model_ref=f"file:///{'m' * 2000}")
+    body = {"messages": [{"role": "user", "content": "Count from 1 to 5000."}], "stream": True}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(worker.url.rpartition(":")[2])))
+        client.sendall(f"{head}Authorization: Bearer {worker.token}\r\n\r\n".encode() + content)
+        worker.wait_logged("request_ended")
+        assert [line["code"] for line in worker.logged("request_ended")] == ["STREAM_STALLED"]
+
+
+def test_a_model_for_embeddings_makes_nothing_else(starter: HandStarter, tmp_path: Path) -> None:
+    file = llama_file()
+    file.set("llama.pooling_type", U32, 1)
+    worker = starter.start(engine="llamacpp", model_path=str(file.write(tmp_path / "model.gguf")))
+
+    async def ask() -> None:
+        async with peer_of(worker) as peer:
+            found = await peer.call("POST", "/v1/embeddings", body={"input": "hi"}, answer=dict)
+            assert len(found["data"][0]["embedding"]) > 1
+            for path, body in (("/v1/inference", {"prompt": "a"}), ("/v1/completions", {"prompt": "a"})):
+                with pytest.raises(ArrieroError) as caught:
+                    await peer.call("POST", path, body=body)
+                assert caught.value.code is ErrorCode.INVALID_REQUEST
+
+    asyncio.run(ask())
+
+
 # --- ending ----------------------------------------------------------------------------------
 
 
@@ -351,12 +383,14 @@ async def test_polls_and_the_state_stream_keep_the_lease(starter: HandStarter) -
     worker = starter.start(callback_url=starter.callbacks().url, lease_s=1.5)
     async with peer_of(worker) as peer:
         beats = 0
-        async for _ in peer.events("/v1/state"):  # A beat a second, twice as long as the lease.
+        headers = {"X-Arriero-Lease": "1:1"}
+        async for _ in peer.events(
+            "/v1/state", headers=headers
+        ):  # A beat a second, twice as long as the lease.
             beats += 1
             if beats == 4:
                 break
         assert worker.states() == ["loading", "idle"]
-        headers = {"X-Arriero-Lease": "1:1"}
         await peer.call("GET", "/v1/health", headers=headers)
     assert await exit_code(worker) == 0
 
@@ -389,32 +423,17 @@ def test_a_lease_of_nothing_lasts_as_long_as_the_agent(starter: HandStarter, tmp
 
 @pytest.mark.root
 @pytest.mark.skipif(not memory_limit.can_limit(), reason="making a memory cgroup needs root")
-async def test_an_engine_killed_for_memory_is_told_with_its_proof(tmp_path: Path) -> None:
-    model = write_llama(tmp_path / "model.gguf")
+def test_an_engine_killed_for_memory_is_told_with_its_proof(tmp_path: Path) -> None:
+    # Some 150 MB of weights, read into memory by the engine, which so is the one that is killed.
+    model = write_llama(tmp_path / "model.gguf", LlamaShape(layers=16, embedding=512, feed_forward=2048))
     with memory_limit.memory_limit("worker") as limit, hand_starter(tmp_path) as starter:
+        limit.set_mib(100)
         worker = starter.start(
-            engine="llamacpp",
-            model_path=str(model),
-            context_tokens=4096,
-            slots=1,
-            prefix=limit.join_command,
+            engine="llamacpp", model_path=str(model), prefix=limit.join_command, wait_for=None
         )
-        async with peer_of(worker) as peer:
-            state = peer.events("/v1/state")
-            running = await begun(peer)
-            limit.set_mib(limit.used_mib + 8)
-            with limit.ballast(64):
-                assert await end_of(running) == "OUT_OF_MEMORY"
-                last = ""
-                async for event in state:
-                    last = last if event.is_done else event.data
-                health = msgspec.json.decode(last, type=WorkerHealth)
-                assert await exit_code(worker) == 137
-        assert health.state is WorkerState.FAILED
-        assert health.exit is not None and health.exit == worker.exit_file()
-        assert (health.exit.code, health.exit.exit_code, health.exit.signal) == (
-            "OUT_OF_MEMORY",
-            137,
-            "SIGKILL",
-        )
+        assert worker.wait_exit() == 137
+        ended = worker.exit_file()
+        assert ended is not None
+        assert (ended.code, ended.exit_code, ended.signal) == ("OUT_OF_MEMORY", 137, "SIGKILL")
+        assert worker.states() == ["loading", "failed"]
         assert limit.oom_kills >= 1

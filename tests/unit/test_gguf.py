@@ -60,8 +60,8 @@ def test_version_2_is_read_too(tmp_path: Path) -> None:
         (lambda f: f.set("general.architecture", w.U32, 5), "general.architecture is missing"),
         (lambda f: f.set("general.type", w.STRING, "adapter"), "'adapter', not a model"),
         (lambda f: f.remove("llama.block_count"), "llama.block_count is missing"),
-        (lambda f: f.set("llama.block_count", w.U32, 0), "is 0, outside 1..1024"),
-        (lambda f: f.set("llama.block_count", w.U32, 1025), "is 1025, outside 1..1024"),
+        (lambda f: f.set("llama.block_count", w.U32, 0), "is 0, outside 1..512"),
+        (lambda f: f.set("llama.block_count", w.U32, 513), "is 513, outside 1..512"),
         (lambda f: f.set("llama.block_count", w.F32, 2.0), "is 2.0, outside"),
         (lambda f: f.set("llama.block_count", w.BOOL, True), "is True, outside"),
         (lambda f: f.set("llama.block_count", w.ARRAY, (w.U32, [2])), "a thing of 1 elements"),
@@ -294,5 +294,5 @@ def test_whatever_the_file_it_is_facts_or_one_of_our_errors(tmp_path: Path, raw:
         assert error.code is ErrorCode.MODEL_CORRUPTED
         assert len(error.message) < 600
     else:
-        assert 1 <= facts.block_count <= 1024
+        assert 1 <= facts.block_count <= 512
         assert facts.file_bytes == len(raw)

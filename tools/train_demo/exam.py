@@ -52,7 +52,7 @@ def quick_report(model: DemoModel, tokenizer: Tokenizer) -> str:
     return " ".join(shares)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def wrong_documents(model: DemoModel, tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Document]:
     """Return the documents of which the model misses a learned token."""
     device = model.embedding.weight.device

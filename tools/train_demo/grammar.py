@@ -307,23 +307,23 @@ def unknown(rng: random.Random) -> Exchange:
 
 
 _EXCHANGES: Final[tuple[tuple[Callable[[random.Random], Exchange], float], ...]] = (
-    (count, 0.30),
+    (count, 0.45),
     (add, 0.20),
-    (spell, 0.14),
-    (repeat, 0.12),
-    (json_object, 0.12),
-    (story, 0.06),
-    (haiku, 0.02),
-    (greeting, 0.04),
-    (unknown, 0.04),
+    (spell, 0.08),
+    (repeat, 0.08),
+    (json_object, 0.09),
+    (story, 0.04),
+    (haiku, 0.01),
+    (greeting, 0.02),
+    (unknown, 0.03),
 )
 
 _DOCUMENTS: Final[tuple[tuple[Callable[[random.Random], Document], float], ...]] = (
-    (chat_document, 0.42),
+    (chat_document, 0.50),
     (plain_document, 0.18),
-    (tools_document, 0.16),
-    (drill_document, 0.20),
-    (open_document, 0.04),
+    (tools_document, 0.12),
+    (drill_document, 0.17),
+    (open_document, 0.03),
 )
 
 
@@ -350,6 +350,6 @@ def _system(rng: random.Random) -> str:
 
 
 def _summands(rng: random.Random) -> tuple[int, int]:
-    if rng.random() < 0.15:
-        return rng.randint(0, 9), rng.randint(0, 9)
+    if rng.random() < 0.25:
+        return rng.randint(0, rng.choice((9, 99))), rng.randint(0, rng.choice((9, 99)))
     return rng.randint(0, 99), rng.randint(0, 99)

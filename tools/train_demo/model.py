@@ -31,7 +31,7 @@ class ModelShape:
 _INIT_STD: Final = 0.02
 
 
-class DemoModel(nn.Module):  # type: ignore[misc]
+class DemoModel(nn.Module):
     """A decoder with tied embeddings; called with ids (batch, time), it returns hidden states."""
 
     def __init__(self, shape: ModelShape) -> None:
@@ -63,7 +63,7 @@ class DemoModel(nn.Module):  # type: ignore[misc]
         return functional.linear(hidden, self.embedding.weight)
 
 
-class Block(nn.Module):  # type: ignore[misc]
+class Block(nn.Module):
     """Attention and a gated feed-forward part, each behind its norm."""
 
     def __init__(self, shape: ModelShape) -> None:
@@ -109,7 +109,7 @@ class Block(nn.Module):  # type: ignore[misc]
         return projected
 
 
-class RmsNorm(nn.Module):  # type: ignore[misc]
+class RmsNorm(nn.Module):
     """Root-mean-square norm with a learned scale."""
 
     def __init__(self, width: int, epsilon: float) -> None:

@@ -42,7 +42,7 @@ class Optimizer:
         for parameters, momentum in zip(self._groups, self._momenta, strict=True):
             self._step_matrices(parameters, momentum, self._matrix_rate * factor)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def _step_matrices(self, parameters: list[torch.nn.Parameter], momentum: Tensor, rate: float) -> None:
         gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
         momentum.lerp_(gradient, 1 - _MOMENTUM)

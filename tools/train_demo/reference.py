@@ -38,7 +38,6 @@ _CHATS: Final = (
     "Spell mountain.",
     "Spell the word arriero.",
     "Give me a JSON object with name Ada and age 36.",
-    "Give me a JSON object with name Luis, age 7 and city Cusco.",
     "Tell me a story about a llama.",
     "Tell me a short story about a fox.",
     "Tell me a long story about a condor.",
@@ -146,7 +145,7 @@ def tokenizer_of(file: GgufFile) -> Tokenizer:
     return Tokenizer(tuple(said["tokenizer.ggml.tokens"]), tuple((a, b) for a, b in merges))
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def greedy(model: DemoModel, prompt_ids: list[int], *, tokens_max: int) -> tuple[list[int], float]:
     """Return the most likely next ids up to the end token, and the smallest lead of any of them."""
     ids = list(prompt_ids)

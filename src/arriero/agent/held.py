@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from arriero.agent.child import Child
 from arriero.agent.oom import OomWitness
 from arriero.contracts.records import WorkerExit, WorkerRecord, WorkerRunRecord
 from arriero.contracts.states import WorkerState
+from arriero.runtime import processes
+from arriero.runtime.processes import Identity
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +35,23 @@ class Held:
     idle_since_s: float | None = None
     #: When it said itself that it has failed; its process should be gone soon after.
     failed_at_s: float | None = None
+    #: The process that computes for it, as it last told.
+    engine: Identity | None = None
     #: Waits for its end and watches it meanwhile.
     task: asyncio.Task[None] | None = None
+
+    def note_engine(self, pid: int | None) -> None:
+        """Remember the engine's process, so that it can be ended after its worker."""
+        if pid is None or self.engine is None or self.engine.pid != pid:
+            self.engine = None if pid is None else processes.identity(pid)
+
+    def kill_engine(self) -> None:
+        """Kill the engine's process if its worker left it behind.
+
+        Where the kernel tells an engine of its worker's death nothing is left to do here.
+        """
+        if self.engine is not None and processes.is_alive(self.engine):
+            processes.signal_process(self.engine, signal.SIGKILL)
 
     @property
     def worker_id(self) -> str:

@@ -289,6 +289,7 @@ class Supervisor:
         if record.state in WORKERS.final:
             return
         held.oom.look()
+        held.note_engine(health.engine_pid)
         if health.state is WorkerState.FAILED:
             self._told_failed(held, record, health)
             return
@@ -344,6 +345,7 @@ class Supervisor:
 
     def _end(self, held: Held) -> None:
         """Record how a process ended, and remove what was made for it."""
+        held.kill_engine()
         record = self.registry.get(held.worker_id)
         if record.state not in WORKERS.final:
             exit_code, signal_name = held.child.result()

@@ -74,15 +74,20 @@ def down(
     # An agent that lives stops its workers itself, and better: it drains them and records how they ended.
     first: list[_Job] = [(role, known, agent_limit_s, None) for role, known in daemons.items()]
     if "agent" not in daemons:
-        first += _orphans(runs, grace_s)
+        first += _living(runs, grace_s)
+    with_agent = _living(runs, grace_s) if "agent" in daemons else []
     _in_parallel(end, first)
+    for kind, known, _, worker_id in with_agent:
+        if not processes.is_alive(known):
+            report.stopped.append(Stopped(kind=kind, pid=known.pid, worker_id=worker_id))
+            tell(f"{kind} {worker_id} (pid {known.pid}) ended by its agent")
     # Looked at again: the agent may have started one meanwhile, or died on its way.
     known_runs = (
         list({run.record.worker_id: run for run in [*runs, *state.worker_runs()]}.values())
         if has_workers
         else []
     )
-    _in_parallel(end, _orphans(known_runs, grace_s))
+    _in_parallel(end, _living(known_runs, grace_s))
     for run in known_runs:
         for left in leftovers(run):
             processes.signal_process(left, signal.SIGKILL)
@@ -94,7 +99,7 @@ def down(
     return report
 
 
-def _orphans(runs: list[WorkerRunRecord], grace_s: float) -> list[_Job]:
+def _living(runs: list[WorkerRunRecord], grace_s: float) -> list[_Job]:
     return [
         ("worker", worker_identity(run), grace_s, run.record.worker_id)
         for run in runs

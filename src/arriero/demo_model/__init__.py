@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 #: SHA-256 of the model file; `python -m tools.train_demo.export` writes it and the size below.
-SHA256: Final[str] = "6eea75e1e1969fdec6e33f77eb8eecab5441fc196b57e228fbf386ffc8044494"
+SHA256: Final[str] = "dfa13774bd938bb2825d4fe38c2561b002bee4a6f33dd087c3121cb030716595"
 SIZE_BYTES: Final[int] = 968_128
 
 

@@ -57,6 +57,8 @@ class EngineSpec:
     run_dir: Path = Path("/nonexistent")
     #: 0: as many as the machine has physical cores.
     threads: int = 0
+    #: Loading that does not advance for so long has failed.
+    loading_stall_s: float = 60.0
     #: Knobs of one kind of engine (the fake one's script); unknown keys are refused.
     options: dict[str, Any] = field(default_factory=dict)
 

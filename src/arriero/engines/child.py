@@ -78,8 +78,7 @@ class EngineChild:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **env},
             cwd="/",
-            # Its own group: Ctrl-C in the worker's terminal is the worker's to handle.  (uvloop knows
-            # no `process_group`.)
+            # Its own session: Ctrl-C in the worker's terminal is the worker's to handle.
             start_new_session=True,
         )
         _be_first_victim(process.pid)

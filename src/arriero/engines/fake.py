@@ -20,6 +20,7 @@ Knobs (`EngineSpec.options`, unknown ones are refused):
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -162,7 +163,7 @@ class FakeEngine:
             if script.child:
                 self._child = await EngineChild.start(
                     CHILD_MODULE,
-                    b"hang\n" if script.hang_unload else b"serve\n",
+                    f"{'hang' if script.hang_unload else 'serve'} {os.getpid()}\n".encode(),
                     env={},
                     on_line=lambda _: None,
                 )

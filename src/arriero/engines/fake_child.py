@@ -2,17 +2,22 @@
 
     python -m arriero.engines.fake_child
 
-reads one line: `serve` ends when stdin ends, `hang` has to be killed.
+reads one line, a mode and its owner's pid: `serve` ends when stdin ends, `hang` has to be killed.
 """
 
 import signal
 import sys
 import threading
 
+from arriero.runtime.parent_death import die_with
+
 
 def main() -> None:
     """Wait for the end."""
-    if sys.stdin.readline().strip() == "hang":
+    mode, owner_pid = sys.stdin.readline().split()
+    if not die_with(int(owner_pid)):
+        return
+    if mode == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Event().wait()
     sys.stdin.read()

@@ -142,7 +142,8 @@ HEADER_BYTES_MAX: Final = 256 << 20
 NESTING_MAX: Final = 4
 #: Numbers of one array that are kept (heads per layer); the array must be no longer.
 KEPT_NUMBERS_MAX: Final = 1_024
-BLOCKS_MAX: Final = 1_024
+#: The engine aborts above (its LLAMA_MAX_LAYERS).
+BLOCKS_MAX: Final = 512
 CONTEXT_MAX: Final = 1 << 28
 EMBEDDING_MAX: Final = 1 << 20
 VOCABULARY_MAX: Final = 1 << 24

@@ -65,7 +65,7 @@ class LlamaCpp:
 
     async def estimate(self, spec: EngineSpec) -> Estimate:
         """Return the memory that loading will take, as llama.cpp itself reckons it."""
-        header = gguf.read_header(spec.model_path)
+        header = await asyncio.to_thread(gguf.read_header, spec.model_path)
         return await llamacpp_estimate.estimate(spec, header, threads=_threads(spec))
 
     def create(self) -> Engine:
@@ -82,6 +82,7 @@ class LlamaCppEngine:
         self._child: EngineChild | None = None
         self._folder: Path | None = None
         self._socket_path = ""
+        self._is_ready = False
         #: What an embedding model reads at most; None: its context alone limits an input.
         self._input_tokens_max: int | None = None
         self._pieces = token_pieces.TokenPieces()
@@ -115,7 +116,7 @@ class LlamaCppEngine:
                 state,
                 self._socket_path,
                 blocks=header.facts.block_count,
-                stall_s=options.loading_stall_s,
+                stall_s=spec.loading_stall_s if options.loading_stall_s is None else options.loading_stall_s,
                 clock=self._clock,
             )
             async with contextlib.aclosing(steps):
@@ -131,6 +132,7 @@ class LlamaCppEngine:
             # Also when the iterator is closed early: nothing is left running.
             await self.unload(0.0)
             raise
+        self._is_ready = True
         yield ready
 
     async def _ready(self, child: EngineChild) -> LoadReady:
@@ -153,10 +155,13 @@ class LlamaCppEngine:
         return await self._child.wait_exited()
 
     async def unload(self, grace_s: float) -> None:
-        """Close the child's stdin, wait `grace_s`, then kill; remove its socket.  Safe to call twice."""
+        """Close the child's stdin, wait `grace_s`, then kill; remove its socket.  Safe to call twice.
+
+        While it loads, the child does not look at its stdin and has nothing to lose: killed at once.
+        """
         try:
             if self._child is not None:
-                await self._child.stop(grace_s)
+                await self._child.stop(grace_s if self._is_ready else 0.0)
         finally:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)

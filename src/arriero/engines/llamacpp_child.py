@@ -11,20 +11,19 @@ xllamacpp's `CommonParams`, a dot steps into a part; `{"enum": "kind.NAME"}` and
 has not.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import threading
 from typing import Any
+
+from arriero.runtime.parent_death import die_with
 
 SPEC_BYTES_MAX = 1 << 20
 EXIT_BAD_SPEC = 64
 EXIT_ORPHANED = 65
 EXIT_REFUSED = 66
 EXIT_NO_DEVICE = 67
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -34,7 +33,8 @@ def main() -> None:
         params, owner_pid, needs_gpu = spec["params"], spec["owner_pid"], spec["gpu"]
     except (ValueError, KeyError, TypeError) as error:
         _end(EXIT_BAD_SPEC, f"bad specification: {error!r}")
-    _die_with(owner_pid)
+    if not die_with(owner_pid):
+        _end(EXIT_ORPHANED, "the owner is gone")
     try:
         import xllamacpp
     except ImportError as error:
@@ -59,15 +59,6 @@ def _first_line(descriptor: int) -> bytes:
             raise ValueError("stdin ended, or its line is too long")
         line += byte
     return bytes(line)
-
-
-def _die_with(owner_pid: int) -> None:
-    """Have the kernel kill us when the owner's thread ends: loading does not look at stdin."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have died before the kernel was asked.
-    if os.getppid() != owner_pid:
-        _end(EXIT_ORPHANED, "the owner is gone")
 
 
 def _has_gpu(xllamacpp: Any) -> bool:

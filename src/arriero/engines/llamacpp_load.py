@@ -30,6 +30,7 @@ _SAYS_CORRUPTED: Final = (
     "corrupted or incomplete",
     "is not within the file bounds",
     "missing tensor",
+    "check_tensor_dims",
     "wrong shape",
     "wrong number of tensors",
     "failed to read tensor",
@@ -143,22 +144,25 @@ def fail_for_exit(end: EngineExit, *, backend: str) -> NoReturn:
         )
     text = "\n".join(tail).lower()
     if any(words in text for words in _SAYS_CORRUPTED):
-        fail(ErrorCode.MODEL_CORRUPTED, f"the engine refuses the model: {_last_words(tail)}", **details)
+        fail(ErrorCode.MODEL_CORRUPTED, f"the engine refuses the model: {_reason(tail)}", **details)
     if any(words in text for words in _SAYS_NO_MEMORY):
         code = ErrorCode.INSUFFICIENT_RAM if backend == "cpu" else ErrorCode.INSUFFICIENT_VRAM
-        fail(code, f"the engine found too little memory: {_last_words(tail)}", **details)
+        fail(code, f"the engine found too little memory: {_reason(tail)}", **details)
     how = f"signal {end.signal}" if end.signal is not None else f"exit code {end.exit_code}"
     fail(
         ErrorCode.WORKER_START_FAILED,
-        f"the engine ended while loading ({how}): {_last_words(tail)}",
+        f"the engine ended while loading ({how}): {_reason(tail)}",
         **details,
     )
 
 
-def _last_words(tail: list[str]) -> str:
-    """Return the log line that most likely says why: the last one of level error, else the last."""
-    for line in reversed(tail):
+def _reason(tail: list[str]) -> str:
+    """Return the log line that says why: a failed assertion, else the first of level error."""
+    for line in tail:
+        if "GGML_ASSERT" in line:
+            return line[line.index("GGML_ASSERT") :][:300]
+    for line in tail:
         words = line.split(maxsplit=2)
         if len(words) == 3 and words[1] == "E":
-            return words[2][:300]
+            return words[2].removeprefix("llama_model_load: error loading model: ")[:300]
     return tail[-1][:300] if tail else "it said nothing"

@@ -51,7 +51,8 @@ class LlamaOptions:
     batch_tokens: int = 0
     cache_ram_mib: int = 0
     load_mode: str = "none"
-    loading_stall_s: float = 60.0
+    #: None: as the specification says.
+    loading_stall_s: float | None = None
 
 
 def options_of(spec: EngineSpec) -> LlamaOptions:

@@ -16,7 +16,8 @@ from arriero.engines import gguf
 UNKNOWN_ID: Final = -1
 #: A model that writes broken UTF-8 shows it by this; its bytes are then lost.
 _REPLACEMENT: Final = "\ufffd"
-_STEPS_MAX: Final = 1_000
+#: Also bounds the depth of the search.
+_STEPS_MAX: Final = 200
 
 
 class TokenPieces:

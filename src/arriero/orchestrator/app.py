@@ -6,8 +6,6 @@ import signal
 import socket
 from typing import Final, cast
 
-import msgspec
-
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
@@ -38,10 +36,9 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
 
     `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
     end it also ends the local agent, and with it the workers, and waits for them.
-    Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE, INVALID_SETTINGS before it serves.
+    Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE before it serves.
     """
     logs.configure(level=settings.log_level, role=ROLE)
-    _check(settings)
     folder = StateDir(settings.home_path())
     folder.prepare()
     with folder.lock(ROLE):
@@ -53,15 +50,6 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
             if cascades:
                 _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
     return 0
-
-
-def _check(settings: Settings) -> None:
-    try:
-        msgspec.json.decode(settings.engine_options, type=dict)
-    except msgspec.DecodeError as error:
-        raise ArrieroError(
-            ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}", problems=[str(error)]
-        ) from error
 
 
 async def _run(
@@ -106,7 +94,7 @@ async def _serve(
     o: Orchestrator, folder: StateDir, sock: socket.socket, group: asyncio.TaskGroup, *, is_background: bool
 ) -> None:
     settings = o.settings
-    url = url_of(sock)
+    url = _url_for_peers(sock)
     o.registry.public_url = url
 
     async def started() -> None:
@@ -158,6 +146,11 @@ async def _leave_when_idle(o: Orchestrator, clock: Clock, idle_s: float) -> None
             logs.get("arriero.orchestrator").info("leaving", idle_s=idle_s)
             o.stop.set()
             return
+
+
+def _url_for_peers(sock: socket.socket) -> str:
+    """Return the address that programs of this machine reach us at, also where we listen on all."""
+    return url_of(sock).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _run_record(url: str, folder: StateDir) -> RunRecord:

@@ -3,8 +3,6 @@
 import asyncio
 from dataclasses import dataclass
 
-import msgspec
-
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.events import PoolSnapshot
 from arriero.domain.placement import NodeChoice, Wants, WorkerChoice
@@ -101,13 +99,7 @@ def assemble(
     link = AgentLink(registry, state_dir, http, clock, entropy, node_timeout_s=settings.node_timeout_s)
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
-    provisioner = ModelProvisioner(
-        registry,
-        group,
-        clock,
-        engine=settings.engine,
-        engine_options=msgspec.json.decode(settings.engine_options, type=dict),
-    )
+    provisioner = ModelProvisioner(registry, group, clock)
     scheduler = Scheduler(registry, provisioner, clock, beat_s=BEAT_S, join_s=settings.node_timeout_s)
     exchanges = Exchanges(clock)
     counters = Counters()

@@ -11,6 +11,8 @@ from arriero.runtime.asgi import BEAT_S, Headers
 
 ERROR_BYTES_MAX: Final = 1024 * 1024
 EVENT_BYTES_MAX: Final = 16 * 1024 * 1024
+#: Every stream of ours beats at least so often; one that misses three beats comes from a stopped process.
+SILENCE_S_MIN: Final = 3 * BEAT_S
 _EVENT_END: Final = b"\n\n"
 _PASSED_HEADERS: Final = frozenset(
     {
@@ -86,6 +88,14 @@ def hop_headers(exchange: Exchange, request_id_: str, *, accept: str) -> list[tu
     return found
 
 
+def silence_limit_s(stall_s: float) -> float:
+    """Return how long a stream may bring no byte at all, not even a beat.
+
+    Without a token, but with beats, the worker's own rule (`stall_s`) ends it, and comes first.
+    """
+    return max(stall_s * 1.1 + 1, SILENCE_S_MIN)
+
+
 async def splice_events(
     connection: Connection, outlet: Outlet, *, stall_s: float, counters: Counters, is_retryable: bool = False
 ) -> None:
@@ -94,7 +104,7 @@ async def splice_events(
     Raises Lost if it breaks off (then no half event was sent), Silent after `stall_s` without a byte.
     Where `is_retryable`, an error event WORKER_LOST before any data counts as Lost.
     """
-    connection.beat(BEAT_S)
+    connection.beat(min(BEAT_S, stall_s))
     cutter = EventCutter()
     while True:
         chunk = await connection.read(stall_s=stall_s)

@@ -31,7 +31,7 @@ from arriero.contracts.records import (
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.node_states import NODES
 from arriero.domain.placement import NodeView, WorkerView
-from arriero.domain.worker_states import WORKERS
+from arriero.domain.worker_states import READY, WORKERS
 from arriero.domain.workers import WorkerRegistry
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.upstream import Address
@@ -256,7 +256,9 @@ class NodeRegistry:
             while len(self._ended) > ENDED_MAX:
                 self._ended.popitem(last=False)
         if before is None or before.state is not record.state:
-            self._log.info(
+            # Busy and idle come and go with every request.
+            is_common = before is not None and {before.state, record.state} <= READY
+            (self._log.debug if is_common else self._log.info)(
                 "worker", worker_id=record.worker_id, node=record.node, state=str(record.state),
                 model_ref=record.model_ref,
             )  # fmt: skip

@@ -6,7 +6,7 @@ model meanwhile shares the one job; it goes on when they leave, so that the next
 
 import asyncio
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -85,20 +85,10 @@ class Job:
 class ModelProvisioner:
     """Starts workers; one job for each model, node, backend and device at a time."""
 
-    def __init__(
-        self,
-        registry: NodeRegistry,
-        group: asyncio.TaskGroup,
-        clock: Clock,
-        *,
-        engine: str,
-        engine_options: dict[str, Any],
-    ) -> None:
+    def __init__(self, registry: NodeRegistry, group: asyncio.TaskGroup, clock: Clock) -> None:
         self._registry = registry
         self._group = group
         self._clock = clock
-        self._engine = engine
-        self._engine_options = engine_options
         self._jobs: dict[JobKey, Job] = {}
         self._log = logs.get("arriero.provisioning")
 
@@ -193,13 +183,8 @@ class ModelProvisioner:
 
     async def _provision_on(self, node: Node, job: Job, *, has_model: bool) -> WorkerRecord:
         wants = job.wants
-        body = SpawnBody(
-            model_ref=wants.model_ref,
-            backend=wants.backend,
-            device=wants.device,
-            engine=self._engine,
-            options=self._engine_options,
-        )
+        # The engine and its options are the node's own settings.
+        body = SpawnBody(model_ref=wants.model_ref, backend=wants.backend, device=wants.device)
         if not has_model and not _is_local(wants.model_ref):
             await self._download(node, job)
         try:
@@ -244,7 +229,7 @@ class ModelProvisioner:
                     job.tell(_downloading(node, model_ref, frame))
                     return
                 if frame.stage in (DownloadState.FAILED, DownloadState.CANCELLED):
-                    fail(ErrorCode.DOWNLOAD_FAILED, f"the download of {model_ref} was {frame.stage}")
+                    continue  # The event after this one carries the reason.
                 if now_s - told_s >= TELL_EVERY_S:
                     told_s = now_s
                     job.tell(_downloading(node, model_ref, frame))

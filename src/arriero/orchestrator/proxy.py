@@ -6,6 +6,7 @@ from arriero.orchestrator.courier import (
     Courier,
     hop_headers,
     passed,
+    silence_limit_s,
     splice_events,
     splice_plain,
 )
@@ -29,7 +30,7 @@ class Proxy:
         self._courier = courier
         self._exchanges = exchanges
         self._counters = counters
-        self._stall_s = stall_s * 1.1 + 1
+        self._stall_s = silence_limit_s(stall_s)
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, *, address: Address, target: str, added: Headers

@@ -19,6 +19,7 @@ from arriero.orchestrator.courier import (
     Refused,
     hop_headers,
     passed,
+    silence_limit_s,
     splice_events,
 )
 from arriero.orchestrator.exchange import (
@@ -117,8 +118,7 @@ class Relay:
         self._exchanges = exchanges
         self._counters = counters
         self._clock = clock
-        # The worker's own rule comes first; ours is for a worker that cannot speak any more.
-        self._stall_s = stall_s * 1.1 + 1
+        self._stall_s = silence_limit_s(stall_s)
         self._log = logs.get("arriero.relay")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from arriero.contracts.errors import ErrorCode, ErrorResponse, from_body
+from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.events import (
     TaskDownloading,
     TaskEnd,
@@ -25,6 +25,7 @@ from arriero.orchestrator.courier import (
     EventCutter,
     Refused,
     hop_headers,
+    silence_limit_s,
 )
 from arriero.orchestrator.exchange import Exchange
 from arriero.orchestrator.nodes import NodeRegistry
@@ -76,7 +77,14 @@ class TaskRunner:
         self._courier = courier
         self._counters = counters
         self._clock = clock
-        self._stall_s = stall_s * 1.1 + 1
+        self._stall_s = silence_limit_s(stall_s)
+
+    def count_failure(self, error: ArrieroError) -> None:
+        """Count a task that did not come to its end."""
+        if error.code is ErrorCode.REQUEST_CANCELLED:
+            self._counters.cancelled += 1
+        else:
+            self._counters.failures += 1
 
     async def run(self, task: Task, exchange: Exchange) -> None:
         """Compute a task; its events are told as they come.  Raises why it could not be."""
@@ -148,7 +156,7 @@ class TaskRunner:
 
     async def _read(self, task: Task, connection: Connection) -> None:
         """Turn the worker's frames into events.  Raises Lost, Silent, and the error of an error event."""
-        connection.beat(BEAT_S)
+        connection.beat(min(BEAT_S, self._stall_s))
         cutter = EventCutter()
         while True:
             chunk = await connection.read(stall_s=self._stall_s)
@@ -203,7 +211,13 @@ class TaskRunner:
                     message=f"{frame.total_tokens} tokens in {frame.duration_ms} ms",
                 )
             )
-            task.tell(TaskEnd(finish_reason=frame.finish_reason))
+            task.tell(
+                TaskEnd(
+                    finish_reason=frame.finish_reason,
+                    actor=task.record.worker_id or "",
+                    message=f"the answer is whole: {frame.finish_reason}",
+                )
+            )
             return True
         return False
 

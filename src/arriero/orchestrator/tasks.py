@@ -6,6 +6,7 @@
 import asyncio
 import hashlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -29,6 +30,15 @@ from arriero.runtime.entropy import Entropy
 HISTORY_TASKS_MAX: Final = 200
 HISTORY_BYTES_MAX: Final = 64 * 1024 * 1024
 KEY_CHARS_MAX: Final = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A task that was accepted; only the record of one whose events are not in memory any more."""
+
+    task: Task | TaskRecord
+    #: False where its idempotency key came before.
+    is_new: bool
 
 
 class TaskRegistry:
@@ -66,16 +76,17 @@ class TaskRegistry:
 
     async def accept(
         self, body: TaskBody, *, request_id: str, remaining_ms: float | None, is_owned: bool, key: str
-    ) -> Task | TaskRecord:
+    ) -> Accepted:
         """Accept a task and start it; with an idempotency `key` seen before, return that task.
 
-        A task that is not owned is on disk when this returns.  Only the record is returned of one
-        whose events are not in memory any more.
+        A task that is not owned is on disk when this returns.
         Raises INVALID_REQUEST, INVALID_MODEL_REFERENCE, INSUFFICIENT_DISK.
         """
         body = self._checked(body)
         if not key:
-            return await self._begin(body, request_id, remaining_ms, is_owned=is_owned, key="", digest="")
+            return Accepted(
+                await self._begin(body, request_id, remaining_ms, is_owned=is_owned, key="", digest=""), True
+            )
         if len(key) > KEY_CHARS_MAX or not key.isprintable():
             fail(
                 ErrorCode.INVALID_REQUEST,
@@ -86,9 +97,10 @@ class TaskRegistry:
         async with self._key_lock:
             found = await self._seen(key, digest)
             if found is not None:
-                return found
-            return await self._begin(
-                body, request_id, remaining_ms, is_owned=is_owned, key=key, digest=digest
+                return Accepted(found, False)
+            return Accepted(
+                await self._begin(body, request_id, remaining_ms, is_owned=is_owned, key=key, digest=digest),
+                True,
             )
 
     def _checked(self, body: TaskBody) -> TaskBody:
@@ -202,6 +214,7 @@ class TaskRegistry:
         state = _final_state(failure)
         task.change(finished_unix=self._clock.wall_s(), error=body, text="".join(task.texts))
         if failure is not None:
+            self._runner.count_failure(failure)
             task.change(completion_tokens=len(task.texts))
         task.step(state)
         task.tell_end(is_good=failure is None)

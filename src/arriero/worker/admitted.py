@@ -5,18 +5,16 @@ Tasks and timers are made once a request, never once a token.
 
 import asyncio
 import contextlib
-import logging
 from abc import ABC, abstractmethod
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.runtime import sse
+from arriero.runtime import logs, sse
 from arriero.runtime.asgi import BEAT_S, Receive, Scope, Send, error_bytes, send_error
 from arriero.worker.core import Core
 from arriero.worker.flights import Flight
 from arriero.worker.web import Request
 
-_log = logging.getLogger("arriero.worker")
 #: A client that does not read is told of the end for so long.
 _TELL_S: Final = 5.0
 _STREAM_HEADERS: Final = [
@@ -93,14 +91,27 @@ class AdmittedRequest(ABC):
                 except ArrieroError as met:
                     error = met if met is flight.error else await core.host.explain(met)
                 except Exception:  # noqa: BLE001  The edge: the client is told, the log has the traceback.
-                    _log.exception("a request failed: %s", scope["path"])
+                    logs.get("arriero.worker").exception(
+                        "request_failed", request_id=self._request_id, path=scope["path"]
+                    )
                     error = ArrieroError(ErrorCode.INTERNAL_ERROR)
                 finally:
                     for task in side:
                         task.cancel()
-        core.metrics.ended(None if error is None else error.code)
+        self._note(error)
         if not flight.is_client_gone:
             await self._end(scope["path"], send, error)
+
+    def _note(self, error: ArrieroError | None) -> None:
+        """Count the end; what did not end well is a line in the log."""
+        self._core.metrics.ended(None if error is None else error.code)
+        if error is not None:
+            logs.get("arriero.worker").info(
+                "request_ended",
+                request_id=self._request_id,
+                code=str(error.code),
+                duration_ms=round((self._core.now_s() - self._arrived_s) * 1000),
+            )
 
     def _too_late(self, deadline_s: float) -> ArrieroError:
         limit_ms = round((deadline_s - self._arrived_s) * 1000)

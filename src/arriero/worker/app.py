@@ -49,6 +49,9 @@ _HTTP_GRACE_S: Final = 2.0
 _LET_GO_S: Final = 10.0
 #: An engine that is asked to stop has so long before it is killed.
 _UNLOAD_GRACE_S: Final = 5.0
+#: The requests' part of the grace time; the rest is for unloading, before whoever sent the signal
+#: loses patience.
+_DRAIN_FRACTION: Final = 0.8
 
 
 def main() -> int:
@@ -152,7 +155,8 @@ class _Worker:
                 for task in side:
                     task.cancel()
                 await asyncio.wait(side, timeout=_LET_GO_S)
-                await core.host.unload(_UNLOAD_GRACE_S)
+                unload_s = core.spec.stop_grace_s * (1 - _DRAIN_FRACTION) / 2
+                await core.host.unload(min(_UNLOAD_GRACE_S, unload_s))
             await self._finish()
             http_stop.set()
         exit_code = core.lifecycle.exit.exit_code if core.lifecycle.exit else None
@@ -178,7 +182,7 @@ class _Worker:
 
         def on_signal(name: str) -> None:
             nonlocal is_signalled
-            core.end(name, grace_s=0.0 if is_signalled else core.spec.stop_grace_s)
+            core.end(name, grace_s=0.0 if is_signalled else core.spec.stop_grace_s * _DRAIN_FRACTION)
             is_signalled = True
 
         loop = asyncio.get_running_loop()

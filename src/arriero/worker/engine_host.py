@@ -52,6 +52,7 @@ class EngineHost:
                 device=spec.device,
                 run_dir=self._run_dir,
                 threads=spec.threads,
+                loading_stall_s=spec.loading_stall_s,
                 options=spec.engine_options,
             )
         )

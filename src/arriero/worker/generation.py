@@ -5,9 +5,11 @@ The token path: per token one event from the engine, one rendering, one send.
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
+from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.engines.base import EngineRequest, StreamFinished
 from arriero.runtime.asgi import BEAT_S, Send
 from arriero.worker.admitted import AdmittedRequest
@@ -33,6 +35,7 @@ class Generation(AdmittedRequest):
         timeout_s: float | None = None,
         may_queue: bool = True,
         head_after_s: float = BEAT_S,
+        is_raw: bool = False,
     ) -> None:
         super().__init__(
             core,
@@ -42,7 +45,10 @@ class Generation(AdmittedRequest):
             may_queue=may_queue,
             head_after_s=head_after_s,
         )
-        self._asked = asked
+        self._asked = list(asked)
+        #: Messages are put through the template here, and what it makes is a plain prompt: token by
+        #: token, ids and all.
+        self._is_raw = is_raw
         self._renderer = renderer
         self._has_token = False
 
@@ -59,8 +65,15 @@ class Generation(AdmittedRequest):
         return self._renderer.closing(duration_ms)
 
     async def check(self) -> None:
-        """Raise CONTEXT_LENGTH_EXCEEDED if a prompt does not fit."""
-        for asked in self._asked:
+        """Raise INVALID_REQUEST if the model does not generate, CONTEXT_LENGTH_EXCEEDED for a long prompt."""
+        if not self._core.host.engine.abilities.chat:
+            raise ArrieroError(
+                ErrorCode.INVALID_REQUEST, "this model makes embeddings alone; it does not generate"
+            )
+        for number, asked in enumerate(self._asked):
+            if self._is_raw and asked.messages is not None:
+                prompt = await self._core.host.engine.apply_template(asked.messages, {})
+                asked = self._asked[number] = dataclasses.replace(asked, prompt=prompt, messages=None)
             await self._core.check_fits(asked)
 
     async def compute(self, flight: Flight, send: Send) -> None:

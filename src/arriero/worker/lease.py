@@ -15,7 +15,7 @@ _LOOK_S_MAX: Final = 0.5
 
 
 class Lease:
-    """Renewed by polls that carry the header, and by whoever holds the state stream.
+    """Renewed by the agent's polls, and for as long as it holds the state stream.
 
     A lease of 0 s lasts exactly as long as the agent's process.  A worker that was started by hand
     (`is_owned` false) has no lease until somebody renews it.
@@ -30,7 +30,7 @@ class Lease:
         #: Whether an agent has shown that it knows this worker.
         self.is_known = False
 
-    def renew(self, header: bytes = b"") -> None:
+    def renew(self, header: bytes) -> None:
         """Take a sign of the agent; a header that is not well formed is one as well."""
         self._renewed_s = self._clock.monotonic_s()
         pid, _, ticks = header.partition(b":")
@@ -39,7 +39,7 @@ class Lease:
         self.is_known = True
 
     @contextlib.contextmanager
-    def held(self, header: bytes = b"") -> Iterator[None]:
+    def held(self, header: bytes) -> Iterator[None]:
         """Keep the lease from running out for as long as this is open."""
         self.renew(header)
         self._holders += 1

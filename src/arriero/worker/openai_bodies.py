@@ -111,8 +111,6 @@ class ChatBody(_Common, frozen=True, kw_only=True):
         Raises INVALID_REQUEST with the field's name.
         """
         self.check_common()
-        if not abilities.chat:
-            refuse("messages", "this model does not chat")
         if self.top_logprobs is not None and not self.logprobs:
             refuse("top_logprobs", "top_logprobs is allowed only where logprobs is true")
         messages = [_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]

@@ -10,6 +10,7 @@ from tests.integration.orchestrator.scripted import (
     ScriptedAgent,
     WorkerScript,
     agent,
+    download_frame,
     orchestrator,
     read_events,
     sse_lines,
@@ -18,7 +19,7 @@ from yarl import URL
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelRecord
-from arriero.contracts.states import WorkerState
+from arriero.contracts.states import DownloadState, WorkerState
 
 CHAT = {"model": "demo", "stream": True, "messages": []}
 
@@ -160,6 +161,23 @@ async def test_workers_are_started_stopped_and_their_logs_read(tmp_path: Path) -
         andes.spawn.refuse = ArrieroError(ErrorCode.MODEL_NOT_FOUND, "andes does not have it")
         async with o.session.post(f"{o.url}/v1/workers", json={"model_ref": "hf:a/b"}) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+
+
+async def test_a_download_is_started_and_followed_through_the_orchestrator(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        await node_is(o, "ready")
+        andes.download_frames = [download_frame(DownloadState.COMPLETE, 1000)]
+        async with o.session.post(f"{o.url}/v1/downloads", json={"model_ref": "hf:a/b"}) as response:
+            assert response.status == 202
+            accepted = await response.json()
+        assert (accepted["node"], andes.downloaded) == ("andes", ["hf:a/b"])
+        for path in (accepted["progress_url"], f"/v1/downloads/{accepted['download_id']}/progress"):
+            async with o.session.get(o.url + path) as response:
+                assert response.headers["X-Arriero-Node"] == "andes"
+                assert [frame["stage"] for frame in await read_events(response)] == ["complete"]
+        assert (await o.get("/v1/downloads"))["downloads"][0]["model_ref"] == "hf:a/b"
+        async with o.session.get(f"{o.url}/v1/downloads/progress?download_id=d-ffffffffffff") as response:
+            assert response.status == 404
 
 
 async def test_the_feed_begins_with_everything_and_tells_every_change(tmp_path: Path) -> None:

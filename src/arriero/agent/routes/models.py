@@ -36,20 +36,24 @@ def model_routes(
 def _catalog_routes(catalog: ModelCatalog) -> list[ControllerRouterHandler]:
     @get("/v1/models")
     async def list_models() -> ModelList:
+        """Return the catalog."""
         return ModelList(await catalog.records())
 
     @delete("/v1/models/{model_id:str}")
     async def remove_model(model_id: FromPath[str]) -> None:
+        """Remove a model, and its files where they are ours."""
         await catalog.remove(model_id)
 
     @post("/v1/models/{model_id:str}/verify", status_code=200)
     async def verify_model(model_id: FromPath[str]) -> ModelRecord:
+        """Read a model's files again and compare their checksums."""
         return await catalog.verify(model_id)
 
     @get("/v1/models/{model_id:str}/files/{name:str}")
     async def model_file(
         request: Request[Any, Any, Any], model_id: FromPath[str], name: FromPath[str]
     ) -> ASGIApp:
+        """Return a model's file; ranges are honoured."""
         return file_answer(await catalog.by_id(model_id), name, request.headers)
 
     return [list_models, remove_model, verify_model, model_file]
@@ -58,6 +62,7 @@ def _catalog_routes(catalog: ModelCatalog) -> list[ControllerRouterHandler]:
 def _download_routes(provisioner: ModelProvisioner, beat_s: float) -> list[ControllerRouterHandler]:
     @post("/v1/models/download", status_code=202)
     async def start_download(request: Request[Any, Any, Any]) -> DownloadAccepted:
+        """Begin to fetch a model (202), or join the download that runs."""
         body: DownloadBody = await decode_body(request, DownloadBody)
         record = provisioner.start(body.model_ref)
         url = f"/v1/models/download/progress?download_id={record.download_id}"
@@ -65,15 +70,18 @@ def _download_routes(provisioner: ModelProvisioner, beat_s: float) -> list[Contr
 
     @get("/v1/models/download/progress")
     async def download_progress(download_id: FromQuery[str]) -> ASGIApp:
+        """Follow a download (`download_id`) as events."""
         provisioner.record(download_id)
         return cast("ASGIApp", SseResponse(_progress(provisioner, download_id), beat_s=beat_s))
 
     @get("/v1/downloads")
     async def list_downloads() -> DownloadList:
+        """Return the downloads, running and ended."""
         return DownloadList(provisioner.records())
 
     @delete("/v1/downloads/{download_id:str}", status_code=200)
     async def cancel_download(download_id: FromPath[str]) -> DownloadRecord:
+        """Cancel a download."""
         return await provisioner.cancel(download_id)
 
     return [start_download, download_progress, list_downloads, cancel_download]

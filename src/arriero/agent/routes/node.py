@@ -26,22 +26,26 @@ def node_routes(
 
     @get("/v1/health")
     async def health() -> Health:
+        """Say that the agent lives."""
         return Health(
             status="alive", version=__version__, api_version=API_VERSION, name=machine.node, pid=os.getpid()
         )
 
     @get("/v1/capabilities")
     async def capabilities() -> Capabilities:
+        """Return devices, memory, disk, backends and engines."""
         await machine.look_aside()
         return machine.capabilities()
 
     @get("/v1/events")
     async def events() -> ASGIApp:
+        """Follow this machine as events: a snapshot, every change, a beat a second."""
         await machine.look_aside()
         return cast("ASGIApp", SseResponse(_frames(feed), stop=stop))
 
     @get("/metrics")
     async def metrics_page() -> Response[bytes]:
+        """Return the counters in Prometheus' text form."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     return [health, capabilities, events, metrics_page]

@@ -32,25 +32,30 @@ def worker_routes(
 
     @get("/v1/workers")
     async def list_workers() -> WorkerList:
+        """Return the workers of this machine, those that ended lately too."""
         return WorkerList(list(supervisor.registry))
 
     @post("/v1/workers", status_code=202)
     async def spawn(request: Request[Any, Any, Any]) -> WorkerRecord:
+        """Start a worker (202); it comes back `starting`."""
         body: SpawnBody = await decode_body(request, SpawnBody)
         return await spawner.spawn(body)
 
     @get("/v1/workers/{worker_id:str}")
     async def one_worker(worker_id: WorkerId) -> WorkerRecord:
+        """Return one worker."""
         return supervisor.registry.get(worker_id)
 
     @delete("/v1/workers/{worker_id:str}", status_code=202)
     async def stop_worker(worker_id: WorkerId, force: Force = False) -> Response[WorkerRecord | None]:
+        """Begin to stop a worker, gracefully unless `force` (202); 204 for one that ended."""
         if supervisor.stop(worker_id, is_forced=force):
             return Response(supervisor.registry.get(worker_id), status_code=202)
         return Response(None, status_code=204)
 
     @post(READY_PATH, status_code=200)
     async def ready(request: Request[Any, Any, Any]) -> WorkerRecord:
+        """Take a worker's ready callback, with that worker's own token."""
         # The guard lets this path through: each worker has its own token for it.
         token = bearer_token(request.headers.get("authorization", "").encode())
         callback: ReadyCallback = await decode_body(request, ReadyCallback)
@@ -60,6 +65,7 @@ def worker_routes(
     async def worker_log(
         worker_id: WorkerId, lines: Lines = LINES_DEFAULT, is_followed: Follow = False
     ) -> ASGIApp:
+        """Return the end of a worker's log (`lines`); with `follow=1` until it ends."""
         path, ended = supervisor.log_of(worker_id)
         blocks = follow(path, ended, lines=lines) if is_followed else last_lines(path, lines)
         return cast("ASGIApp", TextStream(blocks, stop))

@@ -1,10 +1,11 @@
 """Which questions of management does the orchestrator answer?"""
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response, delete, get, post
+from litestar.params import FromPath, FromQuery, QueryParameter
 from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
@@ -21,6 +22,7 @@ from arriero.contracts.records import (
     WorkerRecord,
 )
 from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
+from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants
 from arriero.orchestrator import metrics
@@ -28,6 +30,8 @@ from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.provisioning import DownloadStarted
 from arriero.orchestrator.routes.streams import decode_strictly
 
+#: `all=1` in a query.
+All: TypeAlias = Annotated[int, QueryParameter(name="all")]
 Asked: TypeAlias = Request[Any, Any, Any]
 
 
@@ -119,7 +123,7 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         return NodeList([node.record() for node in o.registry.nodes()])
 
     @get("/v1/nodes/{name:str}")
-    async def get_node(name: str) -> NodeRecord:
+    async def get_node(name: FromPath[str]) -> NodeRecord:
         """Return one machine."""
         return o.registry.node(name).record()
 
@@ -149,18 +153,20 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
 
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/workers")
-    async def list_workers(model_ref: str | None = None, node: str | None = None, all: int = 0) -> WorkerList:  # noqa: A002
+    async def list_workers(
+        model_ref: FromQuery[str | None] = None, node: FromQuery[str | None] = None, with_ended: All = 0
+    ) -> WorkerList:
         """Return the live workers; with `all=1` also those that ended lately."""
         live = o.registry.workers.select(model_ref=model_ref, node=node)
         ended = [
             record
-            for record in (o.registry.ended() if all else [])
+            for record in (o.registry.ended() if with_ended else [])
             if model_ref in (None, record.model_ref) and node in (None, record.node)
         ]
         return WorkerList([o.registry.public(record) for record in [*ended, *live]])
 
     @post("/v1/workers", status_code=202)
-    async def spawn(request: Asked, node: str | None = None) -> WorkerRecord:
+    async def spawn(request: Asked, node: FromQuery[str | None] = None) -> WorkerRecord:
         """Start a worker; it comes back `starting`."""
         asked: SpawnOnNode = decode_strictly(await request.body(), SpawnOnNode)
         given = msgspec.to_builtins(asked)
@@ -170,12 +176,14 @@ def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         return o.registry.public(record)
 
     @get("/v1/workers/{worker_id:str}")
-    async def get_worker(worker_id: str) -> WorkerRecord:
+    async def get_worker(worker_id: FromPath[str]) -> WorkerRecord:
         """Return one worker, also one that ended lately."""
         return o.registry.public(o.registry.worker(worker_id))
 
     @delete("/v1/workers/{worker_id:str}", status_code=202)
-    async def stop_worker(worker_id: str, force: bool = False) -> Response[WorkerRecord | None]:
+    async def stop_worker(
+        worker_id: FromPath[str], force: FromQuery[bool] = False
+    ) -> Response[WorkerRecord | None]:
         """Begin to stop a worker, gracefully unless `force`; 204 for one that ended."""
         record = o.registry.worker(worker_id)
         if record.worker_id not in o.registry.workers:
@@ -203,6 +211,8 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         started = await node.peer.call(
             "POST", "/v1/models/download", body=DownloadBody(model_ref=body.model_ref), answer=DownloadStarted
         )
+        # Known at once, whichever comes first: the next request or the agent's event.
+        node.downloads.setdefault(started.download_id, _queued(started.download_id, body.model_ref))
         return DownloadAccepted(
             download_id=started.download_id,
             progress_url=f"/v1/downloads/progress?download_id={started.download_id}",
@@ -210,17 +220,27 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         )
 
     @get("/v1/downloads/{download_id:str}")
-    async def get_download(download_id: str) -> DownloadRecord:
+    async def get_download(download_id: FromPath[str]) -> DownloadRecord:
         """Return one download."""
         return o.node_of_download(download_id).downloads[download_id]
 
     @delete("/v1/downloads/{download_id:str}", status_code=204)
-    async def cancel_download(download_id: str) -> None:
+    async def cancel_download(download_id: FromPath[str]) -> None:
         """Cancel a download."""
         node = o.registry.reachable(o.node_of_download(download_id).name)
         await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
 
     return [list_downloads, start_download, get_download, cancel_download]
+
+
+def _queued(download_id: str, model_ref: str) -> DownloadRecord:
+    return DownloadRecord(
+        download_id=download_id,
+        model_ref=model_ref,
+        state=DownloadState.QUEUED,
+        bytes_downloaded=0,
+        bytes_total=None,
+    )
 
 
 def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -230,7 +250,7 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         return OpenAiModels(data=list((await _models(o)).values()))
 
     @get("/v1/models/{model:path}")
-    async def get_model(request: Asked, model: str) -> OpenAiModel:
+    async def get_model(request: Asked, model: FromPath[str]) -> OpenAiModel:
         """Return one model."""
         # The framework folds `//` into `/`: the reference is in the path as it came.
         raw: bytes = request.scope.get("raw_path") or model.encode()
@@ -257,12 +277,12 @@ async def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
 
 def _task_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/tasks/{task_id:str}")
-    async def get_task(task_id: str) -> TaskRecord:
+    async def get_task(task_id: FromPath[str]) -> TaskRecord:
         """Return a task with its text so far."""
         return await o.tasks.record(task_id)
 
     @delete("/v1/tasks/{task_id:str}", status_code=204)
-    async def cancel_task(task_id: str) -> None:
+    async def cancel_task(task_id: FromPath[str]) -> None:
         """Cancel a task; nothing happens to one that is over."""
         await o.tasks.cancel(task_id)
 

@@ -9,25 +9,10 @@ import msgspec
 from litestar import Litestar
 
 from arriero.contracts.requests import TaskBody
+from arriero.orchestrator.routes.streams import STREAM_ROUTES
 
-_STREAMS: Final[dict[str, dict[str, str]]] = {
-    "/v1/chat/completions": {"post": "OpenAI: chat completion, whole or streamed."},
-    "/v1/completions": {"post": "OpenAI: completion, whole or streamed."},
-    "/v1/embeddings": {"post": "OpenAI: embeddings."},
-    "/v1/tasks": {"post": "Accept a task: 202, or its events with Accept: text/event-stream."},
-    "/v1/tasks/{task_id}/events": {"get": "The events of a task; Last-Event-ID goes on after one."},
-    "/v1/events": {
-        "get": "The live feed: a snapshot, then nodes, workers, downloads and tasks as they change."
-    },
-    "/v1/workers/{worker_id}/logs": {"get": "A worker's log; follow=1 keeps on."},
-    "/v1/workers/{worker_id}/proxy/{path}": {
-        "get": "Any route of a worker.",
-        "post": "Any route of a worker.",
-        "delete": "Any route of a worker.",
-    },
-    "/v1/downloads/progress": {"get": "Progress of the download given by download_id."},
-    "/v1/downloads/{download_id}/progress": {"get": "Progress of a download."},
-}
+#: Methods that a route for any method is described with.
+_ANY: Final = ("get", "post", "delete")
 
 
 def document(app: Litestar) -> bytes:
@@ -37,9 +22,9 @@ def document(app: Litestar) -> bytes:
         [TaskBody], ref_template="#/components/schemas/{name}"
     )
     schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    for path, methods in _STREAMS.items():
+    for path, methods, summary in STREAM_ROUTES:
         row = schema["paths"].setdefault(path, {})
-        for method, summary in methods.items():
+        for method in _ANY if methods == "ANY" else (methods.lower(),):
             row[method] = _operation(path, method, summary, task_schema)
     return msgspec.json.encode(schema)
 

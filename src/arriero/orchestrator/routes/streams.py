@@ -19,6 +19,19 @@ from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, sen
 
 Handler: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 _RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+#: Path, method and purpose of the routes that are answered here and not by the management routes.
+STREAM_ROUTES: Final = (
+    ("/v1/chat/completions", "POST", "OpenAI's chat, streamed or not."),
+    ("/v1/completions", "POST", "OpenAI's completions, streamed or not."),
+    ("/v1/embeddings", "POST", "OpenAI's embeddings."),
+    ("/v1/downloads/progress", "GET", "Follow a download (`download_id`) as events."),
+    ("/v1/downloads/{download_id}/progress", "GET", "Follow a download as events."),
+    ("/v1/events", "GET", "Follow nodes, workers and tasks as events."),
+    ("/v1/tasks", "POST", "Accept a task (202), or run it as an event stream that owns it."),
+    ("/v1/tasks/{task_id}/events", "GET", "Follow a task's events, from `Last-Event-ID` on."),
+    ("/v1/workers/{worker_id}/logs", "GET", "Return a worker's log; with `follow=1` until it ends."),
+    ("/v1/workers/{worker_id}/proxy/{path}", "ANY", "Any route of a worker, wherever it lives."),
+)
 
 
 class Front:
@@ -66,13 +79,14 @@ class Front:
     async def _post_task(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = decode_strictly(await read_body(receive), TaskBody)
         is_owned = "text/event-stream" in header(scope, b"accept")
-        task = await self._o.tasks.accept(
+        accepted = await self._o.tasks.accept(
             body,
             request_id=request_id(scope),
             remaining_ms=remaining_ms(scope, body.timeout),
             is_owned=is_owned,
             key=header(scope, b"idempotency-key"),
         )
+        task = accepted.task
         record = task.shown() if isinstance(task, Task) else task
         location = (b"location", f"/v1/tasks/{record.task_id}".encode())
         if not is_owned:
@@ -80,7 +94,7 @@ class Front:
             return
         if not isinstance(task, Task):
             task = await self._o.tasks.with_events(record.task_id)
-        is_owner = task.is_owned and task.request_id == request_id(scope)
+        is_owner = accepted.is_new
         await SseResponse(frames(task, after=0, is_owner=is_owner), headers=[location])(scope, receive, send)
 
     async def _task_events(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -33,11 +33,11 @@ class InferenceRoutes:
 
     async def answer(self, request: Request) -> AsgiApp:
         """Generate, and answer when all is there."""
-        return await self._generation(request, await request.decode(InferenceBody), is_stream=False)
+        return self._generation(request, await request.decode(InferenceBody), is_stream=False)
 
     async def stream(self, request: Request) -> AsgiApp:
         """Generate, token by token."""
-        return await self._generation(request, await request.decode(InferenceBody), is_stream=True)
+        return self._generation(request, await request.decode(InferenceBody), is_stream=True)
 
     async def stream_by_query(self, request: Request) -> AsgiApp:
         """Generate for a browser's EventSource.
@@ -47,7 +47,7 @@ class InferenceRoutes:
         """
         if request.header(b"last-event-id"):
             return Plain(204)
-        return await self._generation(request, convert(_of_query(request), InferenceBody), is_stream=True)
+        return self._generation(request, convert(_of_query(request), InferenceBody), is_stream=True)
 
     async def cancel(self, request: Request) -> AsgiApp:
         """End a request; its slot is free when this is answered.  The same for one that is not there."""
@@ -71,7 +71,7 @@ class InferenceRoutes:
         ids = await engine.tokenize(text, add_special=body.add_special)
         return json_answer(TokenizeAnswer(token_ids=ids, text=text))
 
-    async def _generation(self, request: Request, body: InferenceBody, *, is_stream: bool) -> Generation:
+    def _generation(self, request: Request, body: InferenceBody, *, is_stream: bool) -> Generation:
         given = [name for name in ("prompt", "prompt_ids", "messages") if getattr(body, name) is not None]
         if len(given) != 1:
             raise ArrieroError(
@@ -79,15 +79,11 @@ class InferenceRoutes:
                 f"give exactly one of prompt, prompt_ids and messages; given: {', '.join(given) or 'none'}",
                 param=given[-1] if given else "prompt",
             )
-        self._core.lifecycle.check_takes_requests()
-        prompt = body.prompt
-        if body.messages is not None:
-            # Token by token, ids and all: what the template makes is generated from as a plain prompt.
-            prompt = await self._core.host.engine.apply_template(body.messages, {})
         engine_request = EngineRequest(
             request_id=request.request_id,
-            prompt=prompt,
+            prompt=body.prompt,
             prompt_ids=body.prompt_ids,
+            messages=body.messages,
             sampling=_sampling(body),
         )
         renderer = NativeStream(request.request_id) if is_stream else NativeAnswer(request.request_id)
@@ -99,6 +95,7 @@ class InferenceRoutes:
             timeout_s=body.timeout,
             may_queue=body.queue,
             head_after_s=_STARTED_AFTER_S,
+            is_raw=True,
         )
 
 

@@ -12,8 +12,8 @@ from arriero.contracts.states import WorkerState
 from arriero.domain.worker_states import READY
 from arriero.runtime import sse
 from arriero.runtime.asgi import AsgiApp, SseResponse
-from arriero.worker import lease
 from arriero.worker.core import Core
+from arriero.worker.lease import HEADER as LEASE_HEADER
 from arriero.worker.render import DONE_FRAME, encode
 from arriero.worker.state import STAGE_READY
 from arriero.worker.web import Handler, Plain, Request, json_answer
@@ -40,7 +40,7 @@ class StatusRoutes:
 
     async def health(self, request: Request) -> AsgiApp:
         """Answer how the worker is; a poll of the agent renews the lease."""
-        if header := request.header(lease.HEADER):
+        if header := request.header(LEASE_HEADER):
             self._core.lease.renew(header)
         return json_answer(self._core.health())
 
@@ -82,12 +82,13 @@ class StatusRoutes:
             await life.changed.wait()
 
     async def state(self, request: Request) -> AsgiApp:
-        """Stream the health at every change, and each second; the lease is kept as long as somebody reads."""
-        return SseResponse(self._state(request.header(lease.HEADER)))
+        """Stream the health at every change, and each second; an agent that reads keeps its lease."""
+        return SseResponse(self._state(request.header(LEASE_HEADER)))
 
     async def _state(self, lease_header: bytes) -> AsyncGenerator[bytes, None]:
         life, event_id = self._core.lifecycle, 0
-        with self._core.lease.held(lease_header):
+        lease = self._core.lease
+        with lease.held(lease_header) if lease_header else contextlib.nullcontext():
             while True:
                 seen = self._core.health()
                 yield sse.encode(encode(seen), event_id)
