@@ -33,7 +33,9 @@ def loading_progress(
 
 def _read(where: Where, timeout_s: float, seen: dict[str, Any], tell: Callable[[str], None] | None) -> None:
     loading = (WorkerState.LOADING, WorkerState.STARTING)
-    worker, record = find_worker(where, PROGRESS_CODES, prefer=loading, timeout_s=timeout_s)
+    worker, record = find_worker(
+        where, PROGRESS_CODES, prefer=loading, timeout_s=timeout_s, wait_started_s=timeout_s
+    )
     seen["worker_id"] = record.worker_id if record else None
     highest = 0.0
     is_ready = False

@@ -1,5 +1,6 @@
 """Whom does a probe ask?  The registry of the orchestrator or the agent, or an address that is given."""
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +15,8 @@ from arriero.contracts.states import WorkerState
 from arriero.domain.worker_states import READY, WORKERS
 
 REGISTRY_TIMEOUT_S: Final = 10.0
+#: Between two looks at a worker that starts.
+LOOK_S: Final = 0.05
 #: Whoever is looked up in no registry answers so.
 NO_WORKERS_CODES: Final = FailureCodes(ErrorCode.NO_WORKERS, ErrorCode.NO_WORKERS, ErrorCode.NO_WORKERS)
 
@@ -96,11 +99,13 @@ def find_worker(
     *,
     prefer: Collection[WorkerState] = (),
     timeout_s: float = REGISTRY_TIMEOUT_S,
+    wait_started_s: float = 0.0,
 ) -> tuple[Worker, Listed | None]:
     """Return a client of the worker to ask, and its record where a registry was asked.
 
-    Without an id it is the newest living worker, of those in a preferred state if there are any.
-    Raises NO_WORKERS if there is none, also when no registry runs; `codes` where it does not tell.
+    Without an id it is the newest living worker, of those in a preferred state if there are any;
+    one that is starting is waited for, for `wait_started_s`.  Raises NO_WORKERS if there is none,
+    also when no registry runs; `codes` where the registry does not tell, or the worker has ended.
     """
     limits = Limits(connect_s=min(timeout_s, 10.0), silence_s=timeout_s, total_s=timeout_s)
     if where.url is not None:
@@ -111,9 +116,20 @@ def find_worker(
         if error.code is not ErrorCode.NOT_RUNNING:
             raise
         raise ArrieroError(ErrorCode.NO_WORKERS, error.message, cause=error.code.value) from error
+    deadline = time.monotonic() + wait_started_s
     worker = choose(listed(caller, codes), where.worker_id, prefer=prefer)
-    token = discovery.token_for(worker.url)
-    return Worker(worker.url, token, limits=limits), worker
+    while worker.state == WorkerState.STARTING and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        worker = choose(listed(caller, codes), worker.worker_id)
+    if worker.state == WorkerState.STARTING or worker.is_final:
+        raise ArrieroError(
+            codes.unreachable if worker.is_final or not wait_started_s else codes.timeout,
+            f"worker {worker.worker_id} is {worker.state}: nobody answers there",
+            worker_id=worker.worker_id,
+            state=worker.state,
+            exit=worker.exit,
+        )
+    return Worker(worker.url, discovery.token_for(worker.url), limits=limits), worker
 
 
 def choose(

@@ -12,21 +12,15 @@ from typing import Final
 _V1: Final = Path("/sys/fs/cgroup/memory")
 _V2: Final = Path("/sys/fs/cgroup")
 MIB: Final = 1024 * 1024
-#: Takes memory in steps of 1 MiB until it is told to end.  The kernel never chooses it as its victim
-#: where we may say so; elsewhere an engine is chosen before it, since an engine asks for that.
+#: Takes 1 MiB for each line it reads, and says so.
 _BALLAST: Final = """
-import sys, time
-try:
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-1000")
-except OSError:
-    pass
+import sys
 open(sys.argv[1] + "/cgroup.procs", "w").write("0")
+print(flush=True)
 kept = []
-for _ in range(int(sys.argv[2])):
+for line in sys.stdin:
     kept.append(bytearray(1024 * 1024))
-    time.sleep(0.0005)
-sys.stdin.read()
+    print(flush=True)
 """
 
 
@@ -84,23 +78,32 @@ class MemoryLimit:
         return [int(line) for line in (self.path / "cgroup.procs").read_text().split()]
 
     @contextlib.contextmanager
-    def ballast(self, size_mib: int) -> Iterator[subprocess.Popen[bytes]]:
-        """Have a process in the cgroup take so much memory while the `with` lasts."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BALLAST, str(self.path), str(size_mib)], stdin=subprocess.PIPE
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait(10)
-            assert process.stdin is not None
-            process.stdin.close()
+    def filled(self, most_mib: int) -> Iterator[int]:
+        """Have another process in the cgroup take memory until the kernel kills one, `most_mib` at most.
+
+        Yields how much was taken; it is kept while the `with` lasts.
+        """
+        before = self.oom_kills
+        with subprocess.Popen(
+            [sys.executable, "-c", _BALLAST, str(self.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as ballast:
+            assert ballast.stdin is not None
+            assert ballast.stdout is not None
+            try:
+                taken = 0
+                # An empty answer: it was itself the kernel's victim.
+                while ballast.stdout.readline() and taken < most_mib and self.oom_kills == before:
+                    ballast.stdin.write(b"\n")
+                    ballast.stdin.flush()
+                    taken += 1
+                yield taken
+            finally:
+                ballast.kill()
 
 
-def spare(pid: int) -> None:
-    """Have the kernel never choose `pid` when memory is short; processes it starts later inherit that."""
-    Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
+def offer(pid: int) -> None:
+    """Have the kernel choose `pid` first when memory is short."""
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def can_limit() -> bool:

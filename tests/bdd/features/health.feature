@@ -17,7 +17,16 @@ Feature: A worker says whether it is well
     Then the worker's health is asked
     And it fails with exit code 1 and NO_WORKERS
 
-  Scenario: It has died
+  Scenario: The one that is meant has died
+    Given an agent
+    And a worker
+    And the worker has been killed
+    Then the worker goes to failed
+    And it succeeds
+    And the worker's health is asked
+    And it fails with exit code 1 and HEALTH_CHECK_ERROR
+
+  Scenario: It has died, and there is no other
     Given a pool
     And a worker
     And the worker has been killed

@@ -4,15 +4,14 @@ Feature: A model's loading is shown as it goes
   Scenario: The demo model loads
     Given a pool
     And a worker that has just been started
-    Then the worker sends its ready callback
-    And its loading progress streams
+    Then its loading progress streams
     And it succeeds
     And the fraction rises to 1 and the stage is ready
 
   Scenario: A model that loads slowly is seen advancing
-    Given workers whose model takes 1500 ms to load
+    Given workers whose model takes 3000 ms to load
     And a pool
-    And a worker that loads
+    And a worker that has just been started
     Then its loading progress streams
     And it succeeds
     And at least 3 events have come
@@ -80,11 +79,28 @@ Feature: A model's loading is shown as it goes
 
   Scenario: The engine refuses the model
     Given workers whose engine refuses to load
-    And workers whose model takes 12000 ms to load
+    And workers whose model takes 3000 ms to load
     And a pool
-    And a worker that loads
+    And a worker that has just been started
     Then its loading progress streams
     And it fails with exit code 1 and PROGRESS_STREAM_ERROR
+
+  Scenario: The worker has failed already
+    Given workers whose engine refuses to load
+    And an agent
+    And a worker that has just been started
+    Then the worker goes to failed
+    And it succeeds
+    And its loading progress streams
+    And it fails with exit code 1 and PROGRESS_STREAM_ERROR
+
+  Scenario: The worker's process never becomes a worker
+    Given a worker program that is mute
+    And a pool
+    And a worker that has just been started
+    And my patience is 0.5 s
+    Then its loading progress streams
+    And it fails with exit code 124 and PROGRESS_STREAM_TIMEOUT
 
   Scenario: Loading takes longer than I want to wait
     Given workers whose model takes 20000 ms to load

@@ -6,7 +6,8 @@ Feature: Memory that runs out is told apart from everything else
     And workers in a memory cgroup of their own
     And a pool
     And a worker
-    And the kernel spares the worker
+    And the prompt "hello"
+    And the kernel will choose the engine
     When memory runs out while it answers
     Then it fails with exit code 137 and OUT_OF_MEMORY
     And some tokens have come
@@ -20,7 +21,8 @@ Feature: Memory that runs out is told apart from everything else
     And workers in a memory cgroup of their own
     And a pool
     And a worker
-    And the kernel spares the engine
+    And the prompt "hello"
+    And the kernel will choose the worker
     When memory runs out while it answers
     Then it fails with exit code 137 and OUT_OF_MEMORY
     And the kernel has killed for memory
@@ -31,7 +33,7 @@ Feature: Memory that runs out is told apart from everything else
     Given workers in a memory cgroup of their own
     And an agent
     And a worker
-    And the kernel spares the worker
+    And the kernel will choose the engine
     When memory runs out while nobody asks
     Then the worker's end is told
     And it fails with exit code 137 and OUT_OF_MEMORY

@@ -127,7 +127,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
   Scenario: A pool without a node can spawn nothing
     Given an orchestrator without any node
     When a worker is spawned
-    Then it fails with exit code 1 and NO_READY_WORKERS
+    Then it fails with exit code 1 and NODE_UNREACHABLE
 
   Scenario: A worker that is registered cannot become another one
     Given an agent

@@ -103,7 +103,7 @@ def then_download_progress_stream(world: World, url: str) -> None:
     world.events = seen["frames"]
 
 
-@then(parsers.parse("the first {count:d} events of the progress of {url} stream"))
+@then(parsers.parse("the first {count:d} event of the progress of {url} streams"))
 def then_download_progress_begins(world: World, count: int, url: str) -> None:
     seen = world.probe("download-progress", world.address(url), "--events", str(count), look_up=False)
     world.events = seen["frames"]

@@ -8,14 +8,15 @@ import sys
 from pytest_bdd import given, parsers, then, when
 
 from arriero.contracts.records import WorkerHealth
-from arriero.testing.memory_limit import MemoryLimit, memory_limit, spare
+from arriero.runtime.processes import identity
+from arriero.testing.memory_limit import MemoryLimit, memory_limit, offer
 from arriero.testing.pool import eventually
-from tests.bdd.steps.deadlines import worker_client
+from tests.bdd.steps.deadlines import metric, worker_client
 from tests.bdd.steps.downloads import serve_model
 from tests.bdd.steps.pools import use_fake
 from tests.bdd.world import LOG, World
 
-MIB = 1024 * 1024
+FIRST_TOKENS = "arriero_worker_first_token_seconds_count"
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -36,12 +37,13 @@ def given_engine_process(world: World, milliseconds: int) -> None:
     use_fake(world, child=True, token_s=milliseconds / 1000)
 
 
-@given(parsers.parse("the kernel spares the {part}"))
-def given_kernel_spares(world: World, part: str) -> None:
-    """Leave the kernel only one victim: the engine, or the worker."""
+@given(parsers.parse("the kernel will choose the {part}"))
+def given_kernel_chooses(world: World, part: str) -> None:
+    """Make the worker, or its engine, the first one to go when memory is short."""
     health = health_of(world)
     assert health.engine_pid is not None
-    spare(world.worker().pid if part == "worker" else health.engine_pid)
+    assert part in ("worker", "engine")
+    offer(world.worker().pid if part == "worker" else health.engine_pid)
 
 
 @given(parsers.parse("{room_mib:d} MiB of memory more than are used"))
@@ -59,7 +61,7 @@ def when_ram_exhausted(world: World) -> None:
     world.kept["oom_kills"] = limit.oom_kills
 
     def exhaust() -> None:
-        world.worker_in("busy")
+        eventually("the first token has come", lambda: metric(world, FIRST_TOKENS) > 0)
         _exhaust(world, limit)
 
     world.meanwhile = exhaust
@@ -78,10 +80,12 @@ def when_ram_exhausted_idle(world: World) -> None:
 
 def _exhaust(world: World, limit: MemoryLimit) -> None:
     room_mib = world.kept.get("room_mib", 4)
-    limit.set_mib(limit.used_mib + room_mib)
-    # It takes 40 MiB in the same cgroup, and the kernel may not choose it.
-    world.ends.enter_context(limit.ballast(40))
-    LOG.info("the limit is %s MiB above what was used, and 40 MiB are taken", room_mib)
+    used_mib = limit.used_mib
+    limit.set_mib(used_mib + room_mib)
+    # What the kernel can reclaim (a file's pages) goes first, so that more than the room must be taken.
+    most_mib = used_mib + 2 * room_mib if room_mib < 100 else room_mib // 4
+    taken_mib = world.ends.enter_context(limit.filled(most_mib))
+    LOG.info("%s MiB were used, the limit is %s more, %s were taken", used_mib, room_mib, taken_mib)
 
 
 @then("the worker's end is told")
@@ -92,7 +96,7 @@ def then_worker_detects_oom(world: World) -> None:
     """
     limit: MemoryLimit | None = world.kept.get("limit")
     has_risen = limit is not None and limit.oom_kills > world.kept.get("oom_kills", 0)
-    if not has_risen and str(world.worker().state) in ("idle", "busy"):
+    if not has_risen and identity(world.worker().pid) is not None:
         world.took(0, None)
         return
     record = world.worker_in("failed", "stopped")

@@ -17,7 +17,8 @@ from tests.bdd.world import LOG, World
 def when_spawn_worker_process(world: World) -> None:
     """Have a worker started by `arriero probe worker-spawn`, and watch it until it is registered.
 
-    0; 1 WORKER_BINARY_NOT_FOUND, WORKER_START_FAILED, NO_READY_WORKERS; 124 WORKER_READY_TIMEOUT.
+    0; 1 WORKER_BINARY_NOT_FOUND, WORKER_START_FAILED, NODE_UNREACHABLE and what else the agent refuses
+    with; 124 WORKER_READY_TIMEOUT.
     """
     seen = world.probe("worker-spawn", "--model", world.model, has_worker=False)
     world.worker_id = seen.get("worker_id", world.worker_id)
