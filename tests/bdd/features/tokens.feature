@@ -10,7 +10,11 @@ Feature: Tokens come as they are computed, every one and each once
 
   Scenario: As many tokens as I expect
     Given an agent
-    And a worker
+    And a worker that has just been started
+    And the worker has sent its ready callback
+    And the worker's HTTP server has started
+    And the worker is ready and idle
+    And its worker is healthy
     And I want 12 tokens at most
     Then the inference completes with 12 tokens
     And it succeeds
