@@ -48,7 +48,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And a pool
     And a worker
     And I want 1000 tokens at most
-    And my patience is 1 s
+    And my patience is 2 s
     And the orchestrator will be frozen while it relays
     Then the time-out cascades
     And it fails with exit code 124 and REQUEST_TIMEOUT

@@ -26,6 +26,25 @@ Feature: A download tells how far it is
     Then the progress of the download streams
     And it fails with exit code 1 and DOWNLOAD_FAILED
 
+  Scenario Outline: The source answers <status>, and the stream says what that means
+    Given an agent
+    And an origin that answers <status> to everything
+    When the agent begins to fetch the model
+    Then the progress of the download streams
+    And it fails with exit code 1 and <code>
+
+    Examples:
+      | status | code                |
+      | 404    | MODEL_NOT_FOUND     |
+      | 403    | MODEL_ACCESS_DENIED |
+
+  Scenario: The file to be taken is not there
+    Given an agent
+    And the model is file:///nonexistent/m.gguf
+    When the agent begins to fetch the model
+    Then the progress of the download streams
+    And it fails with exit code 1 and INVALID_MODEL_PATH
+
   Scenario: What was fetched is no model
     Given an agent
     And an origin that serves something that is no model

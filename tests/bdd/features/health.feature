@@ -52,7 +52,7 @@ Feature: A worker says whether it is well
     And it fails with exit code 1 and HEALTH_CHECK_ERROR
 
   Scenario: It is frozen
-    Given a pool
+    Given an agent
     And a worker
     And the worker is frozen
     And my patience is 0.5 s

@@ -34,7 +34,7 @@ Feature: A model's loading is shown as it goes
     And it fails with exit code 1 and NO_WORKERS
 
   Scenario: Another worker than those there are is meant
-    Given a pool
+    Given an agent
     And a worker
     And the worker meant is w-000000000000
     Then its loading progress streams
@@ -80,7 +80,7 @@ Feature: A model's loading is shown as it goes
   Scenario: The engine refuses the model
     Given workers whose engine refuses to load
     And workers whose model takes 3000 ms to load
-    And a pool
+    And an agent
     And a worker that has just been started
     Then its loading progress streams
     And it fails with exit code 1 and PROGRESS_STREAM_ERROR
@@ -96,7 +96,7 @@ Feature: A model's loading is shown as it goes
 
   Scenario: The worker's process never becomes a worker
     Given a worker program that is mute
-    And a pool
+    And an agent
     And a worker that has just been started
     And my patience is 0.5 s
     Then its loading progress streams
@@ -104,7 +104,7 @@ Feature: A model's loading is shown as it goes
 
   Scenario: Loading takes longer than I want to wait
     Given workers whose model takes 20000 ms to load
-    And a pool
+    And an agent
     And a worker that loads
     And my patience is 1 s
     Then its loading progress streams

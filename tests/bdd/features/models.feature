@@ -26,6 +26,17 @@ Feature: The catalog knows which models are there, and their files are what it s
       | hf:justone          |
       | file://../etc/hosts |
 
+  Scenario: Nobody listens where the agent should be
+    Given a port nobody listens on
+    When the catalog is asked for demo
+    Then it fails with exit code 1 and NODE_UNREACHABLE
+
+  Scenario: The agent does not answer
+    Given a server that plays mute
+    And my patience is 0.5 s
+    When the catalog is asked for demo
+    Then it fails with exit code 124 and REQUEST_TIMEOUT
+
   Scenario: A file is taken into the catalog
     Given an agent
     And a model file mine.gguf

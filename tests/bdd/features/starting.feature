@@ -28,7 +28,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
 
   Scenario Outline: The worker's program is <what>
     Given a worker program that is <what>
-    And a pool
+    And an agent
     When a worker is spawned
     Then it fails with exit code 1 and WORKER_BINARY_NOT_FOUND
 
@@ -60,7 +60,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
 
   Scenario: The engine refuses to load
     Given workers whose engine refuses to load
-    And a pool
+    And an agent
     And a worker that has just been started
     Then the worker becomes ready and idle
     And it fails with exit code 1 and WORKER_START_FAILED
@@ -68,7 +68,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
   Scenario: A model that crashes again and again is refused for a while
     Given a worker program that is broken
     And the setting restart_max is 1
-    And a pool
+    And an agent
     When a worker is spawned
     Then it fails with exit code 1 and WORKER_START_FAILED
     When a worker is spawned
@@ -78,7 +78,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
   Scenario: The worker's process never calls back, and the agent ends it
     Given a worker program that is mute
     And the setting worker_ready_timeout_s is 0.5
-    And a pool
+    And an agent
     When a worker is spawned
     Then it fails with exit code 124 and WORKER_READY_TIMEOUT
 
@@ -105,7 +105,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
       | the worker becomes ready and idle   |
 
   Scenario Outline: There is no worker, and <step>
-    Given a pool
+    Given an agent
     Then <step>
     And it fails with exit code 1 and NO_READY_WORKERS
 
@@ -118,11 +118,46 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
 
   Scenario: The model is still loading when my patience ends
     Given workers whose model takes 20000 ms to load
-    And a pool
+    And an agent
     And a worker that loads
     And my patience is 0.5 s
     Then the worker becomes ready and idle
     And it fails with exit code 1 and NO_READY_WORKERS
+
+  Scenario: A worker is spawned, and its model is still loading when my patience ends
+    Given workers whose model takes 20000 ms to load
+    And an agent
+    And I wait for the model, too
+    And my patience is 5 s
+    When a worker is spawned
+    Then it fails with exit code 1 and NO_READY_WORKERS
+
+  Scenario: Loading that stops advancing is given up
+    Given workers whose model takes 20000 ms to load
+    And the setting loading_stall_s is 0.5
+    And an agent
+    And a worker that has just been started
+    Then the worker becomes ready and idle
+    And it fails with exit code 124 and LOADING_TIMEOUT
+
+  Scenario Outline: A worker for a model that cannot be: <model>
+    Given an agent
+    And the model is <model>
+    When a worker is spawned
+    Then it fails with exit code 1 and <code>
+
+    Examples:
+      | model                      | code                    |
+      | hf:nobody/nothing          | MODEL_NOT_FOUND         |
+      | file:///nonexistent/m.gguf | INVALID_MODEL_PATH      |
+      | a llama                    | INVALID_MODEL_REFERENCE |
+
+  Scenario: A model that does not fit into memory is refused before anything is started
+    Given workers whose engine needs 90000000 MiB
+    And an agent
+    When a worker is spawned
+    Then it fails with exit code 1 and INSUFFICIENT_RAM
+    And at least 90000000 is the required_mb of the error
 
   Scenario: A pool without a node can spawn nothing
     Given an orchestrator without any node

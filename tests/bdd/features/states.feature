@@ -23,7 +23,7 @@ Feature: A worker goes the way of the table, and the registry shows it
     And the states seen are idle, busy, idle
 
   Scenario: A worker that is stopped drains and ends
-    Given a pool
+    Given an agent
     And a worker
     When the worker is told to stop
     Then the worker goes to stopped
@@ -37,7 +37,7 @@ Feature: A worker goes the way of the table, and the registry shows it
     And it succeeds
 
   Scenario: It is in another state
-    Given a pool
+    Given an agent
     And a worker
     Then the worker is busy now
     And it fails with exit code 1 and WORKER_STATE_MISMATCH
@@ -45,14 +45,14 @@ Feature: A worker goes the way of the table, and the registry shows it
     And the error says actual is idle
 
   Scenario: It does not go there in time
-    Given a pool
+    Given an agent
     And a worker
     And my patience is 0.5 s
     Then the worker goes to busy
     And it fails with exit code 1 and WORKER_STATE_MISMATCH
 
   Scenario: It never becomes busy
-    Given a pool
+    Given an agent
     And a worker
     And my patience is 0.5 s
     Then the worker goes from idle through busy to idle
@@ -75,14 +75,14 @@ Feature: A worker goes the way of the table, and the registry shows it
     And it fails with exit code 1 and NO_WORKERS
 
   Scenario: There is no such state
-    Given a pool
+    Given an agent
     And a worker
     Then the worker goes to sleeping
     And it fails with exit code 1 and UNKNOWN_WORKER_STATE
     And the error says state is sleeping
 
   Scenario: There is no such state on the way
-    Given a pool
+    Given an agent
     And a worker
     Then the worker goes from idle through dreaming to idle
     And it fails with exit code 1 and UNKNOWN_WORKER_STATE
@@ -94,13 +94,13 @@ Feature: A worker goes the way of the table, and the registry shows it
     And the error says state is confused
 
   Scenario: No arrow leads that way
-    Given a pool
+    Given an agent
     And a worker
     Then the worker goes from idle through loading to idle
     And it fails with exit code 1 and INVALID_STATE_TRANSITION
 
   Scenario: An idle worker never loads again
-    Given a pool
+    Given an agent
     And a worker
     Then the worker goes to starting
     And it fails with exit code 1 and INVALID_STATE_TRANSITION

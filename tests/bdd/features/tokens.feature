@@ -9,8 +9,12 @@ Feature: Tokens come as they are computed, every one and each once
     And 8 tokens have come
 
   Scenario: As many tokens as I expect
-    Given a pool
-    And a worker
+    Given an agent
+    And a worker that has just been started
+    And the worker has sent its ready callback
+    And the worker's HTTP server has started
+    And the worker is ready and idle
+    And its worker is healthy
     And I want 12 tokens at most
     Then the inference completes with 12 tokens
     And it succeeds
@@ -26,7 +30,7 @@ Feature: Tokens come as they are computed, every one and each once
     And 5 tokens have come
 
   Scenario: Other than I expect
-    Given a pool
+    Given an agent
     And a worker
     And I want 5 tokens at most
     Then the inference completes with 7 tokens
@@ -58,7 +62,7 @@ Feature: Tokens come as they are computed, every one and each once
     And the error says answered_code is MODEL_LOADING
 
   Scenario: The worker refuses the request
-    Given a pool
+    Given an agent
     And a worker
     And I want 2000000 tokens at most
     Then the inference completes with 3 tokens
@@ -92,7 +96,7 @@ Feature: Tokens come as they are computed, every one and each once
 
   Scenario: The worker's engine dies while it streams
     Given workers whose engine dies after 5 tokens
-    And a pool
+    And an agent
     And a worker
     Then the inference completes with 20 tokens
     And it fails with exit code 1 and TOKEN_STREAM_ERROR
@@ -136,7 +140,7 @@ Feature: Tokens come as they are computed, every one and each once
 
   Scenario: The engine stalls while tokens are counted
     Given workers whose engine stalls after 3 tokens
-    And a pool
+    And an agent
     And a worker
     And my patience is 1 s
     Then the inference completes with 20 tokens

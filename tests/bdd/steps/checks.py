@@ -28,6 +28,12 @@ def then_error_says(world: World, name: str, value: str) -> None:
     assert world.last_error.details.get(name) == _value(value), dict(world.last_error.details)
 
 
+@then(parsers.parse("at least {least:d} is the {name} of the error"))
+def then_error_says_at_least(world: World, name: str, least: int) -> None:
+    assert world.last_error is not None
+    assert world.last_error.details.get(name, 0) >= least, dict(world.last_error.details)
+
+
 @then(parsers.parse("the error names {text}"))
 def then_error_names(world: World, text: str) -> None:
     assert world.last_error is not None

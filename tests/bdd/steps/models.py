@@ -8,6 +8,11 @@ from arriero.testing.gguf_writer import write_llama
 from tests.bdd.world import World
 
 
+@given(parsers.parse("the model is {ref}"))
+def given_model(world: World, ref: str) -> None:
+    world.model = ref
+
+
 @given(parsers.parse("a model file {name}"))
 def given_model_file(world: World, name: str) -> None:
     write_llama(world.tmp / name)

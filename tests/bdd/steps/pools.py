@@ -73,6 +73,11 @@ def given_refusing_engine(world: World) -> None:
     use_fake(world, fail_load="scripted to refuse")
 
 
+@given(parsers.parse("workers whose engine needs {memory_mb:d} MiB"))
+def given_large_engine(world: World, memory_mb: int) -> None:
+    use_fake(world, memory_mb=memory_mb)
+
+
 @given(parsers.parse("a worker program that is {what}"))
 def given_worker_program(world: World, what: str) -> None:
     """What the agent starts in place of a worker."""

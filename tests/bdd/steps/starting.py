@@ -13,14 +13,20 @@ from arriero.runtime.state_dir import read
 from tests.bdd.world import LOG, World
 
 
+@given("I wait for the model, too")
+def given_wait_for_model(world: World) -> None:
+    world.kept["until"] = "idle"
+
+
 @when("a worker is spawned")
 def when_spawn_worker_process(world: World) -> None:
     """Have a worker started by `arriero probe worker-spawn`, and watch it until it is registered.
 
-    0; 1 WORKER_BINARY_NOT_FOUND, WORKER_START_FAILED, NODE_UNREACHABLE and what else the agent refuses
-    with; 124 WORKER_READY_TIMEOUT.
+    0; 1 WORKER_BINARY_NOT_FOUND, WORKER_START_FAILED, NO_READY_WORKERS, NODE_UNREACHABLE and what else
+    the agent refuses with; 124 WORKER_READY_TIMEOUT.
     """
-    seen = world.probe("worker-spawn", "--model", world.model, has_worker=False)
+    until = world.kept.get("until", "registered")
+    seen = world.probe("worker-spawn", "--model", world.model, "--until", until, has_worker=False)
     world.worker_id = seen.get("worker_id", world.worker_id)
     world.kept["stages"] = seen["stages"]
 
@@ -50,7 +56,7 @@ def then_register_worker(world: World) -> None:
 def given_worker_ready_idle(world: World) -> None:
     """Wait until the worker takes requests; the codes of `worker-ready`.
 
-    0; 1 NO_READY_WORKERS, WORKER_START_FAILED, WORKER_BINARY_NOT_FOUND; 124 WORKER_READY_TIMEOUT.
+    0; 1 NO_READY_WORKERS, WORKER_START_FAILED; 124 WORKER_READY_TIMEOUT, LOADING_TIMEOUT.
     """
     _watch(world, "idle")
 
