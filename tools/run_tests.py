@@ -1,4 +1,4 @@
-"""Runs every test: the quick ones two at a time, those that start pools one after another.
+"""Runs every test: the quick ones and the scenarios two at a time, the rest one after another.
 
 One summary line closes the run: `N passed, N failed, N skipped`.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 PYTEST = str(Path(sys.executable).parent / "pytest")
 RUNS = [
     ["-n", "2", "tests/unit", "tests/conformance"],
-    ["tests/integration", "tests/chaos", "tests/bdd"],
+    ["tests/integration", "tests/chaos"],
+    ["-n", "2", "tests/bdd"],
 ]
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error)")
 

@@ -20,6 +20,8 @@ REPORTS = ROOT / "reports"
 RECORD = REPORTS / "bdd.json"
 HISTORY = REPORTS / "bdd-history.jsonl"
 HTML = REPORTS / "bdd.html"
+#: Tests of the suite itself, not counted as scenarios.
+CHECKS = "test_coverage.py"
 BASELINE = Path(__file__).with_name("baseline.json")
 
 
@@ -49,7 +51,9 @@ def main(arguments: list[str]) -> int:
     before = last_run(HISTORY)
     began_s = time.monotonic()
     code = run_scenarios(given)
-    scenarios: list[dict[str, Any]] = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else []
+    recorded: list[dict[str, Any]] = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else []
+    checks = [test for test in recorded if CHECKS in test["id"]]
+    scenarios = [test for test in recorded if CHECKS not in test["id"]]
     run = summary(scenarios, time.monotonic() - began_s)
     baseline = read_run(json.loads(BASELINE.read_text("utf-8"))) if BASELINE.exists() else None
     changes = [*tell("last run", before, run), *tell("baseline", baseline, run)]
@@ -57,8 +61,16 @@ def main(arguments: list[str]) -> int:
         f"{run.passed} scenarios passed, {run.failed} failed, {run.skipped} skipped: "
         f"pass rate {run.rate:.1f} % in {run.duration_s:.0f} s",
         *changes,
+        *(
+            f"a check of the suite itself failed: {test['id']}"
+            for test in checks
+            if test["outcome"] == "failed"
+        ),
     ]
-    HTML.write_text(page(scenarios, run.rate, lines), "utf-8")
+    HTML.write_text(
+        page([*scenarios, *(test for test in checks if test["outcome"] == "failed")], run.rate, lines),
+        "utf-8",
+    )
     if is_whole:
         # A part of the suite says nothing about the next whole run.
         with HISTORY.open("a", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from arriero.contracts.errors import ErrorCode as C
 from arriero.probes import (
     download_progress,
     loading_progress,
@@ -39,6 +40,8 @@ class Probe:
     help: str
     ask: Callable[..., ProbeResult]
     timeout_s: float
+    #: How it may end besides well.
+    codes: tuple[C, ...]
     options: tuple[Option, ...] = ()
     #: Takes an address as its argument, and no look-up.
     is_of_url: bool = False
@@ -68,6 +71,18 @@ _ROWS: Final = (
         download_progress.download_progress,
         download_progress.CONNECT_S,
         (
+            C.SSE_CONNECTION_FAILED,
+            C.SSE_CONNECTION_ERROR,
+            C.SSE_CONNECTION_TIMEOUT,
+            C.DOWNLOAD_FAILED,
+            C.DOWNLOAD_TIMEOUT,
+            C.MODEL_NOT_FOUND,
+            C.MODEL_ACCESS_DENIED,
+            C.MODEL_CORRUPTED,
+            C.INSUFFICIENT_DISK,
+            C.INVALID_MODEL_PATH,
+        ),
+        (
             Option("--events", "events", "Enough after so many events.", int),
             Option(
                 "--silence",
@@ -86,6 +101,12 @@ _ROWS: Final = (
         "Read a worker's loading until it is ready.",
         loading_progress.loading_progress,
         loading_progress.TIMEOUT_S,
+        (
+            C.NO_WORKERS,
+            C.PROGRESS_STREAM_FAILED,
+            C.PROGRESS_STREAM_ERROR,
+            C.PROGRESS_STREAM_TIMEOUT,
+        ),
         has_worker=True,
         is_telling=True,
     ),
@@ -94,6 +115,13 @@ _ROWS: Final = (
         "Have a worker stream tokens, and count them.",
         tokens.tokens,
         tokens.TIMEOUT_S,
+        (
+            C.NO_WORKERS,
+            C.TOKEN_STREAM_FAILED,
+            C.TOKEN_STREAM_ERROR,
+            C.TOKEN_COUNT_MISMATCH,
+            C.TOKEN_STREAM_TIMEOUT,
+        ),
         (
             Option("--prompt", "prompt", "What to ask.", is_required=True),
             Option("--expect-tokens", "expect_tokens", "So many tokens must come.", int),
@@ -107,6 +135,11 @@ _ROWS: Final = (
         "Ask a worker whether it is well.",
         worker_health.worker_health,
         worker_health.TIMEOUT_S,
+        (
+            C.NO_WORKERS,
+            C.WORKER_UNHEALTHY,
+            C.HEALTH_CHECK_ERROR,
+        ),
         has_worker=True,
     ),
     Probe(
@@ -114,6 +147,12 @@ _ROWS: Final = (
         "Compare a worker's state in the registry with the expected one.",
         _worker_state,
         worker_state.TIMEOUT_S,
+        (
+            C.NO_WORKERS,
+            C.UNKNOWN_WORKER_STATE,
+            C.WORKER_STATE_MISMATCH,
+            C.INVALID_STATE_TRANSITION,
+        ),
         (
             Option("--expect", "expect", "State it should be in.", is_required=True),
             Option("--from", "start", "State it must be seen in first."),
@@ -129,6 +168,24 @@ _ROWS: Final = (
         "Start a worker and watch it come up; it stays.",
         worker_start.worker_spawn,
         worker_start.TIMEOUT_S,
+        (
+            C.WORKER_BINARY_NOT_FOUND,
+            C.WORKER_START_FAILED,
+            C.NO_READY_WORKERS,
+            C.WORKER_READY_TIMEOUT,
+            C.LOADING_TIMEOUT,
+            C.OUT_OF_MEMORY,
+            C.INSUFFICIENT_RAM,
+            C.INSUFFICIENT_VRAM,
+            C.MODEL_NOT_FOUND,
+            C.MODEL_CORRUPTED,
+            C.INVALID_MODEL_PATH,
+            C.INVALID_MODEL_REFERENCE,
+            C.BACKEND_UNAVAILABLE,
+            C.DEVICE_NOT_FOUND,
+            C.NODE_UNREACHABLE,
+            C.NOT_RUNNING,
+        ),
         (_MODEL, _UNTIL),
         url_replaces="the registry",
     ),
@@ -137,6 +194,14 @@ _ROWS: Final = (
         "Watch a worker that was started come up.",
         worker_start.worker_ready,
         worker_start.TIMEOUT_S,
+        (
+            C.NO_READY_WORKERS,
+            C.WORKER_START_FAILED,
+            C.WORKER_READY_TIMEOUT,
+            C.LOADING_TIMEOUT,
+            C.MODEL_CORRUPTED,
+            C.OUT_OF_MEMORY,
+        ),
         (Option("--until", "until", "Stage to watch for.", default="idle", choices=worker_start.STAGES),),
         has_worker=True,
         url_replaces="the registry",
@@ -146,6 +211,13 @@ _ROWS: Final = (
         "Ask an agent's catalog for a model.",
         models.catalog,
         models.TIMEOUT_S,
+        (
+            C.MODEL_NOT_FOUND,
+            C.INVALID_MODEL_REFERENCE,
+            C.NOT_RUNNING,
+            C.NODE_UNREACHABLE,
+            C.REQUEST_TIMEOUT,
+        ),
         (_MODEL,),
         url_replaces="the agent of this machine",
         is_of_agent=True,
@@ -155,6 +227,15 @@ _ROWS: Final = (
         "Have the agent read the files behind its catalog again, and compare them.",
         models.model_registered,
         models.VERIFY_S,
+        (
+            C.MODEL_NOT_FOUND,
+            C.INVALID_MODEL_REFERENCE,
+            C.INVALID_MODEL_PATH,
+            C.MODEL_CORRUPTED,
+            C.NOT_RUNNING,
+            C.NODE_UNREACHABLE,
+            C.REQUEST_TIMEOUT,
+        ),
         (Option("--model", "model", "Only this model."),),
         url_replaces="the agent of this machine",
         is_of_agent=True,
@@ -164,6 +245,19 @@ _ROWS: Final = (
         "Have an agent fetch a model, and see the download begin; it goes on.",
         models.download_start,
         models.TIMEOUT_S,
+        (
+            C.MODEL_NOT_FOUND,
+            C.INVALID_MODEL_REFERENCE,
+            C.INVALID_MODEL_PATH,
+            C.DOWNLOAD_FAILED,
+            C.DOWNLOAD_TIMEOUT,
+            C.MODEL_ACCESS_DENIED,
+            C.MODEL_CORRUPTED,
+            C.INSUFFICIENT_DISK,
+            C.NOT_RUNNING,
+            C.NODE_UNREACHABLE,
+            C.REQUEST_TIMEOUT,
+        ),
         (_MODEL,),
         url_replaces="the agent of this machine",
         is_of_agent=True,

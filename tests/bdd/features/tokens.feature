@@ -160,7 +160,15 @@ Feature: Tokens come as they are computed, every one and each once
 
   Scenario: A person asks the pool, and everything that is missing is started
     Given a pool
-    And I want 5 tokens at most
+    And the prompt "Count from 5 to 25."
     When I ask the pool
     Then it succeeds
+    And the text is 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25
+
+  Scenario: A person sees what came before the worker was lost
+    Given workers whose engine dies after 5 tokens
+    And a pool
+    And the prompt "hello"
+    When I ask the pool
+    Then it fails with exit code 1 and WORKER_LOST
     And some tokens have come

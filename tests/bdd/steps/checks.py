@@ -10,6 +10,7 @@ from tests.bdd.world import World
 
 @then("it succeeds")
 def then_it_succeeds(world: World) -> None:
+    world.see_failure()
     assert world.last_exit_code == 0, f"exit {world.last_exit_code}: {world.last_error}"
 
 

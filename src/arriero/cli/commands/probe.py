@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from arriero.cli import options, render
-from arriero.contracts.errors import from_body
+from arriero.contracts.errors import KINDS, from_body
 from arriero.probes.registry import PROBES, Option, Probe
 from arriero.probes.result import ProbeResult
 from arriero.probes.where import Where
@@ -31,13 +31,14 @@ def _option(option: Option) -> click.Option:
     kind: Any = click.Choice(option.choices) if option.choices else option.kind
     if option.kind is bool:
         return click.Option([option.flag, option.name], is_flag=True, default=False, help=option.help)
+    # A default of None would count as given, and nothing would be required any more.
+    more: dict[str, Any] = {"required": True} if option.is_required else {"default": option.default}
     return click.Option(
         [option.flag, option.name],
         type=kind,
-        default=option.default,
-        required=option.is_required,
         show_default=option.default is not None,
         help=option.help,
+        **more,
     )
 
 
@@ -72,6 +73,15 @@ def _parameters(row: Probe) -> list[click.Parameter]:
     return parameters
 
 
+def _ends(row: Probe) -> str:
+    """Return by which exit code and which error it may end, for the help."""
+    by_exit: dict[int, list[str]] = {}
+    for code in row.codes:
+        by_exit.setdefault(int(KINDS[code].exit_code), []).append(str(code))
+    lines = [f"Exit {exit_code}: {', '.join(codes)}." for exit_code, codes in sorted(by_exit.items())]
+    return "\n\n".join(["Exit 0: it is so.", *lines])
+
+
 def _make(row: Probe) -> click.Command:
     def run(*, as_json: bool, **given: Any) -> int:
         if not row.is_of_url:
@@ -83,7 +93,14 @@ def _make(row: Probe) -> click.Command:
         return result.exit_code
 
     shown = options.examples(_examples(row))
-    return click.Command(row.name, params=_parameters(row), callback=run, help=row.help, epilog=shown)
+    return click.Command(
+        row.name,
+        params=_parameters(row),
+        callback=run,
+        help=f"{row.help}\n\n{_ends(row)}",
+        short_help=row.help,
+        epilog=shown,
+    )
 
 
 def _examples(row: Probe) -> list[str]:
