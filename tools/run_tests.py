@@ -22,7 +22,7 @@ def main() -> int:
     worst = 0
     for arguments in RUNS:
         process = subprocess.Popen(
-            [PYTEST, "-q", "--durations=10", *arguments, *sys.argv[1:]], stdout=subprocess.PIPE, text=True
+            [PYTEST, "-q", "-n", "2", "--durations=10", *arguments, *sys.argv[1:]], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         last = ""
