@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from arriero.contracts.version import __version__
 from arriero.runtime.state_dir import StateDir, socket_dir
+from tests.bench import cancel
 from tests.bench.load import Round, Target, one_round
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +133,8 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
                 f"{cell['first_token_ms']:>9} ms  {old}"
             )
         print(f"        CPU ms per 1000 tokens: {row['cpu_ms_per_1000_tokens']}")
-    print("commands, ms:", line["commands"])
+    print("slot free after the client left:", line["cancel"])
+    print("commands:", line["commands"])
 
 
 def main() -> int:
@@ -156,6 +158,7 @@ def main() -> int:
                 "unix": round(time.time()),
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
                 "streams": asyncio.run(measure_streams(targets, pids)),
+                "cancel": asyncio.run(cancel.measure({target.name: target for target in targets})),
                 "commands": measure_commands(env, targets[0]),
             }
         finally:

@@ -45,7 +45,10 @@ class Settings:
     engine: str = _s("llamacpp", "Engine of a worker: llamacpp, or fake (scripted, for tests).")
     engine_options: str = _s("{}", "Options of the engine as a JSON object (the fake engine's knobs).")
     engine_threads: int = _s(
-        0, "Threads an engine computes with; 0: the machine's physical cores.", low=0, high=1024
+        0,
+        "Threads an engine computes with; 0: the machine's physical cores, fewer for a tiny model.",
+        low=0,
+        high=1024,
     )
     worker_slots: int = _s(4, "Requests a worker computes at a time.", low=1, high=64)
     worker_queue: int = _s(64, "Requests that wait in a worker before it refuses more.", low=0, high=10_000)
