@@ -208,6 +208,7 @@ class NodeRegistry:
 
     def heard(self, node: Node, event: AgentEvent) -> None:
         """Take one event after the snapshot."""
+        node.last_connected_unix = self._clock.wall_s()
         if node.state is NodeState.UNREACHABLE:
             # It spoke in the very moment in which it was given up.
             self._step(node, NodeState.JOINING)

@@ -48,6 +48,13 @@ async def test_a_silent_node_is_unreachable_and_comes_back(tmp_path: Path) -> No
             assert "[DONE]" in await response.text()
 
 
+async def test_a_node_that_is_held_was_connected_just_now(tmp_path: Path) -> None:
+    async with agent(tmp_path), orchestrator(tmp_path) as o:
+        await node_is(o, "ready")
+        first = (await o.get("/v1/nodes"))["nodes"][0]["last_connected_unix"]
+        await o.until("/v1/nodes", lambda answer: answer["nodes"][0]["last_connected_unix"] > first)
+
+
 async def test_an_agent_is_replaced_while_a_stream_flows(tmp_path: Path) -> None:
     async with agent(tmp_path) as old, orchestrator(tmp_path, node_timeout_s="0.5") as o:
         kept = await old.add_worker(script=WorkerScript(hold_after=2))
