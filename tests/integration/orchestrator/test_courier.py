@@ -81,7 +81,7 @@ async def splice(connection: Connection, client: Client, stall_s: float = 5.0) -
 
 
 @given(
-    events=st.lists(st.text(st.characters(blacklist_characters="\n\r"), min_size=1), max_size=6),
+    events=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), min_size=1), max_size=6),
     cuts=st.lists(st.integers(0, 200), max_size=8),
 )
 def test_pieces_make_whole_events_and_nothing_else(events: list[str], cuts: list[int]) -> None:

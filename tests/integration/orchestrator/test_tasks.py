@@ -1,6 +1,8 @@
 """Tasks: their events, their readers, their end, and what a restart does to them."""
 
 import asyncio
+import contextlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,15 @@ async def test_a_wrong_task_is_refused_before_it_is_one(tmp_path: Path) -> None:
             assert answer["error"]["details"].get("param") == param
 
 
+async def tasks_on_disk(database: Path, number: int) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+                if connection.execute("SELECT count(*) FROM tasks").fetchone()[0] == number:
+                    return
+            await asyncio.sleep(0.01)
+
+
 async def test_after_a_kill_accepted_tasks_run_again_and_owned_ones_are_cancelled(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes:
         worker = await andes.add_worker(script=WorkerScript(hold_after=1))
@@ -252,6 +263,8 @@ async def test_after_a_kill_accepted_tasks_run_again_and_owned_ones_are_cancelle
                 async for line in sse_lines(response):
                     if '"index":0' in line:
                         break
+                # An owned task is written down beside its run: only an accepted one is there at once.
+                await tasks_on_disk(tmp_path / "orchestrator.db", 2)
                 o.process.kill()
                 await o.process.wait()
                 with pytest.raises(aiohttp.ClientError):
