@@ -5,9 +5,7 @@ server that answers a byte at a time cannot stretch them.
 """
 
 import contextlib
-import http.client
-import io
-import random
+import os
 import socket
 import threading
 import time
@@ -19,6 +17,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from arriero.client import http1
+from arriero.client.http1 import Answer
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.version import __version__
 
@@ -106,7 +106,7 @@ class Exchange:
         self._codes = codes
         self._deadline = None if limits.total_s is None else time.monotonic() + limits.total_s
         self._sock: socket.socket | None = None
-        self._response: http.client.HTTPResponse | None = None
+        self._answer: Answer | None = None
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Exchange":
@@ -133,20 +133,21 @@ class Exchange:
             sent["Content-Type"] = "application/json"
         sent.update(headers or {})
         with self._translated():
-            self._connect()
-            assert self._sock is not None
-            connection = http.client.HTTPConnection(self.target.host, self.target.port)
-            connection.sock = _DeadlineSocket(self._sock, self._remaining_s)
-            connection.request(method, self.target.base_path + path, content or None, sent)
-            self._response = connection.getresponse()
-        self.status = self._response.status
-        self.headers = {name.lower(): value for name, value in self._response.getheaders()}
+            request = http1.request_bytes(method, self.target.base_path + path, sent, content)
+            sock = self._connect()
+            sock.settimeout(self._remaining_s())
+            sock.sendall(request)
+            answer = Answer(self._receive)
+            answer.read_head()
+        self._answer = answer
+        self.status = answer.status
+        self.headers = answer.headers
 
     def read_some(self) -> bytes:
         """Return the next bytes of the answer as soon as there are some; b"" at its end."""
-        assert self._response is not None, "read before send"
+        assert self._answer is not None, "read before send"
         with self._translated():
-            return self._response.read1(65536)
+            return self._answer.read_some()
 
     def read_all(self) -> bytes:
         """Return the rest of the answer.  Raises the code of an unreachable peer beyond 64 MiB."""
@@ -202,24 +203,29 @@ class Exchange:
         return min(left, silence_s)
 
     def _silence_s(self) -> float:
-        if self._response is None and self._limits.head_s is not None:
+        if self._answer is None and self._limits.head_s is not None:
             return self._limits.head_s
         return self._limits.silence_s
 
-    def _connect(self) -> None:
+    def _receive(self, size: int) -> bytes:
+        """Receive from the socket; each wait is no longer than allowed then."""
+        assert self._sock is not None
+        self._sock.settimeout(self._remaining_s())
+        return self._sock.recv(size)
+
+    def _connect(self) -> socket.socket:
         delays = CONNECT_DELAYS_S[: max(0, self._limits.attempts - 1)]
         for delay in delays:
             try:
-                self._connect_once()
-                return
+                return self._connect_once()
             except OSError:
                 if self.is_closed:
                     raise
             # No secret: chance only keeps many clients from coming back in step.
-            time.sleep(min(delay * (1 + random.random() / 2), self._remaining_s()))
-        self._connect_once()
+            time.sleep(min(delay * (1 + os.urandom(1)[0] / 512), self._remaining_s()))
+        return self._connect_once()
 
-    def _connect_once(self) -> None:
+    def _connect_once(self) -> socket.socket:
         deadline = time.monotonic() + self._limits.connect_s
         last: OSError | None = None
         found = socket.getaddrinfo(self.target.host, self.target.port, type=socket.SOCK_STREAM)
@@ -242,22 +248,20 @@ class Exchange:
                     sock.close()
                     raise OSError("closed")
                 self._sock = sock
-            return
+            return sock
         raise last if last is not None else OSError("no address")
 
     def _timed_out(self) -> ArrieroError:
         limit = self._limits.total_s
         if self._deadline is None or time.monotonic() < self._deadline:
             limit = self._limits.connect_s if self._sock is None else self._silence_s()
-        what = (
-            "no connection" if self._sock is None else "no answer" if self._response is None else "not done"
-        )
+        what = "no connection" if self._sock is None else "no answer" if self._answer is None else "not done"
         shown = f"{self.target.netloc}: {what} within {limit:g} s"
         return ArrieroError(self._codes.timeout, shown, timeout_s=limit)
 
     @contextlib.contextmanager
     def _translated(self) -> Any:
-        """Turn what sockets and http.client raise into our errors."""
+        """Turn what sockets and `http1` raise into our errors."""
         try:
             yield
         except TimeoutError as error:
@@ -266,58 +270,19 @@ class Exchange:
             raise self.broken(f"the host is not known ({error.strerror})") from error
         except ConnectionRefusedError as error:
             raise self.broken("connection refused") from error
-        except http.client.IncompleteRead as error:
+        except http1.CutOff as error:
             raise self.broken("the connection closed in the middle of the answer") from error
-        except http.client.RemoteDisconnected as error:
+        except http1.NoAnswer as error:
             raise self.broken("the connection closed without an answer") from error
-        except http.client.HTTPException as error:
-            raise self.broken(f"no proper HTTP ({type(error).__name__})") from error
+        except http1.NotHttp as error:
+            raise self.broken(f"no proper HTTP ({error})") from error
         except ConnectionError as error:
             raise self.broken("connection reset") from error
         except OSError as error:
             raise self.broken(error.strerror or str(error) or type(error).__name__) from error
         except ValueError as error:
-            # http.client refuses headers and paths with control characters, and reads of closed files.
+            # A header or a path with control characters.
             raise self.broken(f"the request could not be made ({error})") from error
-
-
-class _DeadlineSocket:
-    """What http.client needs of a socket, with a limit set anew before each wait."""
-
-    def __init__(self, sock: socket.socket, remaining_s: Any) -> None:
-        self._sock = sock
-        self._remaining_s = remaining_s
-
-    def sendall(self, content: bytes) -> None:
-        """Send all of `content`."""
-        self._sock.settimeout(self._remaining_s())
-        self._sock.sendall(content)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a reader of the socket."""
-        assert mode == "rb"
-        return io.BufferedReader(_DeadlineReader(self._sock, self._remaining_s), 65536)
-
-    def close(self) -> None:
-        """Do nothing: the socket is the exchange's."""
-
-
-class _DeadlineReader(io.RawIOBase):
-    """Reads a socket; each read waits no longer than allowed then."""
-
-    def __init__(self, sock: socket.socket, remaining_s: Any) -> None:
-        super().__init__()
-        self._sock = sock
-        self._remaining_s = remaining_s
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what is there, waiting for the first byte."""
-        self._sock.settimeout(self._remaining_s())
-        return self._sock.recv_into(buffer)
 
 
 def error_of(status: int, content: bytes) -> ArrieroError:
