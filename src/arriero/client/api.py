@@ -5,7 +5,6 @@ Every call raises `ArrieroError`: the daemon's own code from its envelope, or on
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -63,8 +62,7 @@ class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
-@dataclass(frozen=True, slots=True)
-class RawAnswer:
+class RawAnswer(msgspec.Struct, frozen=True):
     """An answer as it came, whatever its status."""
 
     status: int
@@ -130,7 +128,7 @@ class Caller:
         needs_done: bool = True,
     ) -> EventStream:  # fmt: skip
         """Open an event stream; see `EventStream`.  Use it in a `with`, so that it is closed."""
-        limits = replace(
+        limits = msgspec.structs.replace(
             self.limits,
             connect_s=connect_s or self.limits.connect_s,
             silence_s=silence_s,
@@ -144,7 +142,7 @@ class Caller:
 
     def lines(self, path: str, *, codes: FailureCodes | None = None) -> Iterator[bytes]:
         """Yield the pieces of a plain-text answer as they come, without a limit on silence."""
-        limits = replace(self.limits, silence_s=86_400.0, total_s=None)
+        limits = msgspec.structs.replace(self.limits, silence_s=86_400.0, total_s=None)
         with Exchange(self._target, limits=limits, codes=codes or self.codes) as exchange:
             exchange.send("GET", path)
             exchange.raise_for_status()
@@ -154,7 +152,9 @@ class Caller:
     def _exchange(self, timeout_s: float | None, codes: FailureCodes | None) -> Exchange:
         limits = self.limits
         if timeout_s is not None:
-            limits = replace(limits, connect_s=min(limits.connect_s, timeout_s), total_s=timeout_s)
+            limits = msgspec.structs.replace(
+                limits, connect_s=min(limits.connect_s, timeout_s), total_s=timeout_s
+            )
         return Exchange(self._target, limits=limits, codes=codes or self.codes)
 
 

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -29,8 +28,7 @@ CONNECT_DELAYS_S: Final = (0.2, 0.4)
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class FailureCodes:
+class FailureCodes(msgspec.Struct, frozen=True):
     """Which error codes stand for the ways a request can fail; a probe brings its own."""
 
     #: Refused, reset, an unknown host, broken off, or no HTTP at all.
@@ -45,8 +43,7 @@ class FailureCodes:
 CALL_CODES: Final = FailureCodes(ErrorCode.NODE_UNREACHABLE, ErrorCode.REQUEST_TIMEOUT)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How long one request may take, in seconds."""
 
     #: Until the connection stands.
@@ -61,8 +58,7 @@ class Limits:
     attempts: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where requests go, and with which token."""
 
     host: str

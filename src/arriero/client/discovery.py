@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
+
+import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.runtime import settings
@@ -15,8 +16,7 @@ from arriero.runtime.state_dir import StateDir, worker_identity
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """Where a daemon answers; `token` is empty where none is demanded."""
 
     url: str

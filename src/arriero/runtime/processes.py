@@ -7,12 +7,14 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import subprocess
 
 KILLED_WAIT_S: Final = 10.0
 # A variable, since a type checker takes the comparison itself for settled.
@@ -126,8 +128,11 @@ def end(known: Identity, *, grace_s: float, is_leader: bool = True) -> bool:
 
 def spawn_detached(
     argv: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+) -> "subprocess.Popen[bytes]":
     """Start a program that outlives us: its own session, output appended to `log_path` (0600)."""
+    # Few commands start anything, and all of them import this module.
+    import subprocess
+
     log_path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:

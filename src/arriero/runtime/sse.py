@@ -4,8 +4,9 @@ Format: WHATWG HTML, "Server-sent events".  Writer and parser are without I/O; t
 sends them is in `runtime.asgi`, the async reader in `runtime.http`.
 """
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 CONTENT_TYPE: Final = "text/event-stream"
 DONE: Final = b"[DONE]"
@@ -13,8 +14,7 @@ DONE: Final = b"[DONE]"
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class SseEvent:
+class SseEvent(msgspec.Struct, frozen=True):
     """One event, or one comment line (`comment` set, the rest empty)."""
 
     data: str = ""
