@@ -1,5 +1,7 @@
 """Which part of arriero does this command line ask for?  Imports no more than that part needs."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return daemons.main(given)
     from arriero.cli.main import run
 
-    return run(given)
+    code = run(given)
+    if arguments is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process now: all is closed and flushed, and taking the interpreter apart costs 10 to 20 ms."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _version(*, as_json: bool) -> int:
