@@ -40,6 +40,8 @@ def test_progress_is_one_fraction_over_the_stages() -> None:
         state.take(state_line(value, stage, ("a", "b")))
         fractions.append(state.fraction)
     assert fractions == [0.0, 0.25, 0.5, 0.75, 1.0]
+    # Lines that came at once, before anybody was told, are all told.
+    assert list(state.untold) == fractions
     assert not state.is_ready
     state.take(b'cmd_child_to_router:state:{"state":"ready","payload":{}}')
     assert state.is_ready

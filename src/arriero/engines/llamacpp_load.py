@@ -6,6 +6,7 @@ is not understood is passed over, and where none comes, `/health` says when it i
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any, Final, NoReturn
 
@@ -20,6 +21,8 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.tasks import Changed
 
 STATE_PREFIX: Final = b"cmd_child_to_router:state:"
+#: More steps than llama.cpp tells (one for each percent).
+UNTOLD_MAX: Final = 1024
 _POLL_S: Final = 0.2
 _HEALTH_TIMEOUT_S: Final = 2.0
 #: Memory that grows is progress too, where nothing else is told.
@@ -44,6 +47,8 @@ class LoadState:
 
     def __init__(self) -> None:
         self.fraction = 0.0
+        #: Rising fractions that nobody was told yet: several lines may come at once.
+        self.untold: deque[float] = deque([0.0], maxlen=UNTOLD_MAX)
         self.is_told = False
         self.is_ready = False
         self.changed = Changed()
@@ -76,7 +81,10 @@ class LoadState:
             count = len(stages)
             done = stages.index(payload["current"]) if payload.get("current") in stages else 0
         self.is_told = True
-        self.fraction = max(self.fraction, min(1.0, (done + min(1.0, max(0.0, value))) / count))
+        fraction = min(1.0, (done + min(1.0, max(0.0, value))) / count)
+        if fraction > self.fraction:
+            self.fraction = fraction
+            self.untold.append(fraction)
 
 
 async def progress(
@@ -87,11 +95,11 @@ async def progress(
     Raises what `fail_for_exit` raises when the child ends, LOADING_TIMEOUT after `stall_s` seconds
     without progress.
     """
-    told, memory_mb = -1.0, 0
+    told, memory_mb = 0.0, 0
     advanced_s = clock.monotonic_s()
-    while not state.is_ready:
-        if state.fraction > told:
-            told, memory_mb, advanced_s = state.fraction, child.memory_mb(), clock.monotonic_s()
+    while state.untold or not state.is_ready:
+        if state.untold:
+            told, memory_mb, advanced_s = state.untold.popleft(), child.memory_mb(), clock.monotonic_s()
             yield LoadProgress(told, int(told * blocks), blocks, memory_mb)
             continue
         if await child.wait_ended(0.0):
@@ -107,8 +115,8 @@ async def progress(
         if clock.monotonic_s() - advanced_s > stall_s:
             fail(
                 ErrorCode.LOADING_TIMEOUT,
-                f"no progress for {stall_s:g} s, at {max(0.0, told):.0%}",
-                fraction=max(0.0, told),
+                f"no progress for {stall_s:g} s, at {told:.0%}",
+                fraction=told,
                 log_tail=list(child.log_tail(LOG_LINES_TOLD)),
             )
     if state.fraction < 1.0:
