@@ -17,7 +17,7 @@ def run(**changes: object) -> Run:
         "duration_s": 1.0,
         "failing": ["a"],
     }
-    return Run(**{**known, **changes})  # type: ignore[arg-type]
+    return Run(**{**known, **changes})  # type: ignore[arg-type]  # Fields by name, for short tests.
 
 
 def test_the_rate_is_of_those_that_ran() -> None:

@@ -11,7 +11,7 @@ from arriero.domain.worker_exits import Evidence, judge
 def evidence(
     state: S = S.IDLE, exit_code: int | None = 0, signal: str | None = None, **more: object
 ) -> Evidence:
-    return Evidence(state_before=state, exit_code=exit_code, signal=signal, **more)  # type: ignore[arg-type]
+    return Evidence(state_before=state, exit_code=exit_code, signal=signal, **more)  # type: ignore[arg-type]  # Fields by name, for short tests.
 
 
 OOM_WORDS = WorkerExit(
