@@ -7,7 +7,8 @@ from typing import Any, cast
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from arriero.agent.routes.models import model_routes
+from arriero.agent.routes.catalog import catalog_routes
+from arriero.agent.routes.downloads import download_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.workers import worker_routes
 from arriero.orchestrator.routes.management import handlers
@@ -53,7 +54,8 @@ def rows() -> dict[str, list[Row]]:
     agent = [
         *node_routes(NOTHING, NOTHING, NOTHING, stop=NOTHING),
         *worker_routes(NOTHING, NOTHING, stop=NOTHING),
-        *model_routes(NOTHING, NOTHING),
+        *catalog_routes(NOTHING),
+        *download_routes(NOTHING),
     ]
     return {
         "Orchestrator": sorted([*litestar_rows(handlers(NOTHING)), *STREAM_ROUTES]),

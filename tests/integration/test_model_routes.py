@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from tests.integration.model_files import Kit, gguf, kit_in, small_limits
 
-from arriero.agent.routes.models import DownloadAccepted, model_routes
+from arriero.agent.routes.catalog import catalog_routes
+from arriero.agent.routes.downloads import DownloadAccepted, download_routes
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import DownloadList, DownloadRecord, ModelList, ModelRecord
 from arriero.contracts.requests import DownloadBody
@@ -53,7 +54,9 @@ class Served:
 @asynccontextmanager
 async def served_in(tmp_path: Path, stall_s: float = 0.3) -> AsyncGenerator[Served, None]:
     async with kit_in(tmp_path, limits=small_limits(stall_s=stall_s)) as kit:
-        app: Any = make_app(model_routes(kit.provisioner, kit.catalog, beat_s=0.05), title="agent")
+        app: Any = make_app(
+            [*catalog_routes(kit.catalog), *download_routes(kit.provisioner, beat_s=0.05)], title="agent"
+        )
         stop, sock = asyncio.Event(), bind("127.0.0.1", 0)
 
         async def run(announce: Any) -> None:

@@ -15,7 +15,8 @@ from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
 from arriero.agent.provisioner import ModelProvisioner, ProvisionLimits
 from arriero.agent.retries import RetryLimits
-from arriero.agent.routes.models import model_routes
+from arriero.agent.routes.catalog import catalog_routes
+from arriero.agent.routes.downloads import download_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
 from arriero.agent.spawner import Spawner
@@ -179,7 +180,8 @@ class _Agent:
             [
                 *node_routes(self._machine, self._feed, metrics, stop=self._http_stop),
                 *worker_routes(self._supervisor, self._spawner, stop=self._http_stop),
-                *model_routes(self._provisioner, self._catalog),
+                *catalog_routes(self._catalog),
+                *download_routes(self._provisioner),
             ],
             title="arriero agent",
         )

@@ -19,7 +19,7 @@ import msgspec
 
 from arriero.agent.files import disk_error, in_thread, sha256_of
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.contracts.records import ModelRecord
+from arriero.contracts.records import ModelFile, ModelRecord
 from arriero.engines.base import ModelFacts
 from arriero.runtime.clock import Clock
 from arriero.runtime.sqlite import Database, read_migrations
@@ -28,15 +28,6 @@ MIGRATIONS: Final = "arriero.agent.migrations"
 CARD_NAME: Final = "model.json"
 _CARD_BYTES_MAX: Final = 1024 * 1024
 _MODEL_ID: Final = re.compile(r"m-[0-9a-f]{12}")
-
-
-class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of a model, as it was when it was verified."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-    modified_ns: int
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +71,9 @@ def make_record(
     facts: ModelFacts,
     is_external: bool,
     added_unix: float,
+    source: str,
+    revision: str = "",
+    projector: str = "",
 ) -> ModelRecord:
     """Return the record of a model that was just verified."""
     sha256 = whole_sha256(files)
@@ -99,6 +93,15 @@ def make_record(
         parameters=facts.parameters,
         is_embedding=facts.is_embedding,
         has_chat_template=facts.has_chat_template,
+        format=facts.format,
+        revision=revision,
+        source=source,
+        projector=projector,
+        head_count=facts.head_count,
+        head_count_kv=facts.head_count_kv,
+        embedding_length=facts.embedding_length,
+        vocabulary_size=facts.vocabulary_size,
+        parts=list(files),
     )
 
 
@@ -291,7 +294,7 @@ def _read_cards(models_dir: Path, known: set[str]) -> list[CatalogEntry]:
 
 # --- In the database's thread ------------------------------------------------------------------
 
-_COLUMNS: Final = tuple(name for name in ModelRecord.__struct_fields__ if name != "files")
+_COLUMNS: Final = tuple(name for name in ModelRecord.__struct_fields__ if name not in ("files", "parts"))
 
 
 def _insert(connection: sqlite3.Connection, entry: CatalogEntry) -> None:
@@ -325,24 +328,22 @@ def _select(connection: sqlite3.Connection, column: str | None, value: str) -> l
 
 
 def _entry_of(connection: sqlite3.Connection, row: sqlite3.Row) -> CatalogEntry:
-    files = connection.execute(
+    rows = connection.execute(
         "SELECT name, path, size_bytes, sha256, modified_ns FROM model_files"
         " WHERE model_id = ? ORDER BY position",
         (row["model_id"],),
     ).fetchall()
+    files = tuple(
+        ModelFile(
+            name=file["name"],
+            size_bytes=file["size_bytes"],
+            sha256=file["sha256"],
+            modified_ns=file["modified_ns"],
+        )
+        for file in rows
+    )
     values = {column: row[column] for column in _COLUMNS}
     # SQLite has no truth values.
-    record = msgspec.convert({**values, "files": [file["name"] for file in files]}, ModelRecord, strict=False)
-    return CatalogEntry(
-        record,
-        tuple(
-            ModelFile(
-                name=file["name"],
-                size_bytes=file["size_bytes"],
-                sha256=file["sha256"],
-                modified_ns=file["modified_ns"],
-            )
-            for file in files
-        ),
-        tuple(Path(file["path"]) for file in files),
-    )
+    record = msgspec.convert({**values, "files": [file.name for file in files]}, ModelRecord, strict=False)
+    record = msgspec.structs.replace(record, parts=list(files))
+    return CatalogEntry(record, files, tuple(Path(file["path"]) for file in rows))

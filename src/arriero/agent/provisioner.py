@@ -21,7 +21,7 @@ import msgspec
 
 from arriero import demo_model
 from arriero.agent import hub
-from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry, ModelCatalog, ModelFile, make_record
+from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry, ModelCatalog, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import check_room, disk_error, in_thread, sha256_of, sync_folder
 from arriero.agent.progress import Job
@@ -30,7 +30,7 @@ from arriero.agent.sources import local_file, remote_file
 from arriero.contracts import ids, refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame
-from arriero.contracts.records import DownloadRecord, ModelRecord
+from arriero.contracts.records import DownloadRecord, ModelFile, ModelRecord
 from arriero.contracts.states import DownloadState
 from arriero.engines.base import ModelFacts
 from arriero.runtime.clock import Clock
@@ -299,6 +299,7 @@ class ModelProvisioner:
             facts=facts,
             is_external=True,
             added_unix=self._clock.wall_s(),
+            source=provider,
         )
         entry = CatalogEntry(record, (file,), (path,))
         await self._catalog.add(entry)
@@ -340,6 +341,7 @@ class ModelProvisioner:
                 facts=facts,
                 is_external=False,
                 added_unix=self._clock.wall_s(),
+                source=provider,
             )
             target = self._catalog.models_dir / record.model_id
             await in_thread(lambda: _put_in_place(ready, target, Card(record=record, files=files)))

@@ -53,6 +53,7 @@ class ErrorCode(enum.StrEnum):
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     MODEL_ACCESS_DENIED = "MODEL_ACCESS_DENIED"
     MODEL_CORRUPTED = "MODEL_CORRUPTED"
+    MODEL_IN_USE = "MODEL_IN_USE"
     DOWNLOAD_FAILED = "DOWNLOAD_FAILED"
     DOWNLOAD_TIMEOUT = "DOWNLOAD_TIMEOUT"
     INSUFFICIENT_DISK = "INSUFFICIENT_DISK"
@@ -147,6 +148,7 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.MODEL_NOT_FOUND: _row(404, "The model is not there.", "Check the reference; `arriero models list` shows what this machine has."),
     C.MODEL_ACCESS_DENIED: _row(403, "The source of a model refuses access.", "Set HF_TOKEN, or accept the model's licence on its page."),
     C.MODEL_CORRUPTED: _row(422, "A model's file is not what it should be.", "Fetch it again, or check where it came from."),
+    C.MODEL_IN_USE: _row(409, "A worker has the model loaded.", "`arriero workers stop ID` first."),
     C.DOWNLOAD_FAILED: _row(502, "A download ended without the whole file.", "Try again: it goes on where it stopped.", retry=True),
     C.DOWNLOAD_TIMEOUT: _timeout("A download brought no byte for too long, in every attempt.", "Check the network, then try again: it goes on where it stopped."),
     C.INSUFFICIENT_DISK: _row(507, "The disk has too little room.", "Remove models (`arriero models list`), or move ARRIERO_HOME to a larger disk."),

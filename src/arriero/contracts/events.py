@@ -98,6 +98,17 @@ class DownloadFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     retry_reason: str | None = None
     retry_in_s: float | None = None
     local_path: str | None = None
+    #: Where the bytes come from: "hub", "https", "node NAME", "hf-cache"…
+    source: str = ""
+
+
+class CheckFrame(msgspec.Struct, frozen=True, kw_only=True):
+    """One frame of files being read through, by a verify, a scan or an import that is followed as SSE."""
+
+    #: What is being read, for people.
+    what: str
+    bytes_read: int
+    bytes_total: int
 
 
 # --- GET /v1/events of an agent (held by the orchestrator) ------------------------------------

@@ -110,6 +110,25 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 1
     started_unix: float = 0.0
     error: ErrorBody | None = None
+    #: The node that fetches it; empty in the agent's own answers.
+    node: str = ""
+    #: How many asked for it and did not leave again; the last one to leave cancels it.
+    holders: int = 0
+    #: Where the bytes come from: "hub", "https", "node NAME"…; empty until it is known.
+    source: str = ""
+    #: Why the last attempt ended and when the next one begins, while one is waited for.
+    retry_reason: str | None = None
+    retry_in_s: float | None = None
+
+
+class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a model, as it was when it was verified."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    #: When the file was last changed as it was hashed: tells a changed external file.
+    modified_ns: int = 0
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +153,88 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     is_embedding: bool = False
     has_chat_template: bool = False
+    #: `gguf` or `safetensors`.
+    format: str = "gguf"
+    #: The commit of the Hub that its files are of.
+    revision: str = ""
+    #: Where it came from, for people: "hub", "node attic", "ollama llama3.2:3b", "import"…
+    source: str = ""
+    #: Name of the file among `files` that is a multimodal projector, empty if there is none.
+    projector: str = ""
+    #: Never pruned.
+    is_pinned: bool = False
+    head_count: int = 0
+    head_count_kv: int = 0
+    embedding_length: int = 0
+    vocabulary_size: int = 0
+    #: `files` with their sizes and checksums; empty in lists of nodes that do not tell.
+    parts: list[ModelFile] = []
+
+
+class DeviceEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model would need on one device, and whether it would fit there now."""
+
+    device: str
+    backend: str
+    host_mb: int
+    device_mb: int
+    fits: bool
+    #: Error code and sentence where it does not fit.
+    code: str | None = None
+    why: str = ""
+
+
+class ModelEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/models/{id}/estimate` of an agent: by the engine's dry run, no weights read."""
+
+    model_id: str
+    model_ref: str
+    node: str
+    #: Context of one slot that was reckoned with, in tokens.
+    context_tokens: int
+    slots: int
+    devices: list[DeviceEstimate]
+
+
+class FoundModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that another program keeps on this machine."""
+
+    #: "hf-cache", "ollama", "lm-studio" or "llama.cpp".
+    source: str
+    #: What that program calls it.
+    name: str
+    model_ref: str
+    size_bytes: int
+    files: list[str]
+    #: "new", "known" (in the catalog already), "entered" (by this scan) or "refused".
+    status: str = "new"
+    #: Error code and sentence where it is refused.
+    code: str | None = None
+    why: str = ""
+
+
+class FoundList(msgspec.Struct, frozen=True):
+    """`POST /v1/models/scan` of an agent."""
+
+    found: list[FoundModel]
+
+
+class PruneResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/prune` of an agent."""
+
+    removed: list[ModelRecord]
+    freed_bytes: int
+    #: What was asked for; more than `freed_bytes` where nothing else may go.
+    wanted_bytes: int
+    is_dry_run: bool = False
+
+
+class RestoreResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/restore` of an agent: what became of the entries of a backup."""
+
+    restored: list[ModelRecord]
+    #: A sentence for each entry that was left out.
+    left_out: list[str]
 
 
 class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,11 +77,51 @@ class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     options: dict[str, Any] = {}
 
 
+class PeerSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another agent that may have a model.  The token is secret."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
+    token: str = ""
+    node: str = ""
+
+
 class DownloadBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/models/download` of an agent, `POST /v1/downloads` of the orchestrator."""
 
     model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     node: str | None = None
+    #: Agents that are asked for the model before the internet is.
+    peers: Annotated[list[PeerSource], msgspec.Meta(max_length=64)] = []
+    #: What was fetched is removed if the download fails or is cancelled.
+    clean: bool = False
+
+
+class ImportBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/models/import` of an agent: a file or a folder on its machine, copied in and verified."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    #: What the model is to be called; by default as its card says, else `file://…` of where it lay.
+    model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)] | None = None
+
+
+class ScanBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/models/scan` of an agent."""
+
+    #: Only list what is there; nothing is hashed or entered.
+    dry_run: bool = False
+
+
+class PruneBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/models/prune` of an agent: so much room is to be made."""
+
+    free_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**60)]
+    dry_run: bool = False
+
+
+class PinBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`PUT /v1/models/{id}/pin` of an agent."""
+
+    is_pinned: bool
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

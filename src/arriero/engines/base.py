@@ -40,6 +40,12 @@ class ModelFacts:
     has_chat_template: bool
     is_embedding: bool
     name: str = ""
+    #: `gguf` or `safetensors`.
+    format: str = "gguf"
+    #: Attention heads of a layer, and those of keys and values (the most any layer has).
+    head_count: int = 0
+    head_count_kv: int = 0
+    embedding_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,10 @@ class Settings:
     download_stall_s: float = _s(
         60.0, "A download without a byte for so long is tried again.", unit="s", low=0.1
     )
+    download_connections: int = _s(4, "Connections a large file is fetched over at a time.", low=1, high=16)
+    download_rate_max_mbps: float = _s(
+        0.0, "Limit for all downloads of a machine together; 0: none.", unit="Mbit/s", low=0
+    )
     log_level: str = _s("info", "debug, info, warning or error.")
     log_bytes_max: int = _s(
         10_000_000, "A worker's log is rotated at this size; one older file is kept.", unit="bytes", low=1000

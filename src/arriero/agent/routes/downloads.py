@@ -1,4 +1,4 @@
-"""Which routes does an agent have for its models and their downloads?"""
+"""Which routes does an agent have for downloads?  (`ModelProvisioner`)"""
 
 from collections.abc import AsyncGenerator
 from typing import Any, cast
@@ -8,11 +8,9 @@ from litestar import Request, delete, get, post
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
-from arriero.agent.catalog import ModelCatalog
 from arriero.agent.provisioner import ModelProvisioner
-from arriero.agent.routes.model_files import file_answer
 from arriero.contracts.errors import from_body
-from arriero.contracts.records import DownloadList, DownloadRecord, ModelList, ModelRecord
+from arriero.contracts.records import DownloadList, DownloadRecord
 from arriero.contracts.requests import DownloadBody
 from arriero.runtime import sse
 from arriero.runtime.asgi import BEAT_S, SseResponse
@@ -26,40 +24,11 @@ class DownloadAccepted(msgspec.Struct, frozen=True):
     progress_url: str
 
 
-def model_routes(
-    provisioner: ModelProvisioner, catalog: ModelCatalog, *, beat_s: float = BEAT_S
+def download_routes(
+    provisioner: ModelProvisioner, *, beat_s: float = BEAT_S
 ) -> list[ControllerRouterHandler]:
     """Return the handlers; `provisioner` is entered by the caller and outlives them."""
-    return [*_catalog_routes(catalog), *_download_routes(provisioner, beat_s)]
 
-
-def _catalog_routes(catalog: ModelCatalog) -> list[ControllerRouterHandler]:
-    @get("/v1/models")
-    async def list_models() -> ModelList:
-        """Return the catalog."""
-        return ModelList(await catalog.records())
-
-    @delete("/v1/models/{model_id:str}")
-    async def remove_model(model_id: FromPath[str]) -> None:
-        """Remove a model, and its files where they are ours."""
-        await catalog.remove(model_id)
-
-    @post("/v1/models/{model_id:str}/verify", status_code=200)
-    async def verify_model(model_id: FromPath[str]) -> ModelRecord:
-        """Read a model's files again and compare their checksums."""
-        return await catalog.verify(model_id)
-
-    @get("/v1/models/{model_id:str}/files/{name:str}")
-    async def model_file(
-        request: Request[Any, Any, Any], model_id: FromPath[str], name: FromPath[str]
-    ) -> ASGIApp:
-        """Return a model's file; ranges are honoured."""
-        return file_answer(await catalog.by_id(model_id), name, request.headers)
-
-    return [list_models, remove_model, verify_model, model_file]
-
-
-def _download_routes(provisioner: ModelProvisioner, beat_s: float) -> list[ControllerRouterHandler]:
     @post("/v1/models/download", status_code=202)
     async def start_download(request: Request[Any, Any, Any]) -> DownloadAccepted:
         """Begin to fetch a model (202), or join the download that runs."""
