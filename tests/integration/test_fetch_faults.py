@@ -246,7 +246,7 @@ async def test_a_tired_server_is_asked_again_when_it_says(tmp_path: Path) -> Non
         started = kit.provisioner.start(f"{server.url}/m.gguf")
         waits = [
             frame
-            async for frame in kit.provisioner.frames(started.download_id)
+            async for _, frame in kit.provisioner.frames(started.download_id)
             if frame.retry_in_s is not None
         ]
         assert waits[0].retry_in_s == 1.0

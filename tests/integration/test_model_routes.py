@@ -79,9 +79,8 @@ async def test_a_download_is_accepted_followed_and_listed(tmp_path: Path) -> Non
         assert accepted.progress_url == f"/v1/models/download/progress?download_id={accepted.download_id}"
         events = await served.events(accepted.progress_url)
         told = [event for event in events if event.comment is None]
-        assert told[-1].data == "[DONE]" and [e.event_id for e in told] == [
-            str(n + 1) for n in range(len(told))
-        ]
+        ids = [int(event.event_id) for event in told]
+        assert told[-1].data == "[DONE]" and ids == sorted(set(ids)) and ids[0] >= 1
         last = msgspec.json.decode(told[-2].data)
         assert last["stage"] == "complete" and Path(last["local_path"]).name == "m.gguf"
 
@@ -89,6 +88,59 @@ async def test_a_download_is_accepted_followed_and_listed(tmp_path: Path) -> Non
         assert [record.state for record in listed.downloads] == [DownloadState.COMPLETE]
         late = await served.events(accepted.progress_url)
         assert [event.data for event in late if event.comment is None][-1] == "[DONE]"
+
+
+async def test_a_reader_that_comes_back_gets_what_it_has_not_seen(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, served_in(tmp_path) as served:
+        accepted = await served.start(f"{server.url}/m.gguf")
+        told = [e for e in await served.events(accepted.progress_url) if e.comment is None]
+        last = told[-2]
+        assert '"complete"' in last.data
+
+        async def again(last_event_id: str) -> list[str]:
+            events = served.peer.events(accepted.progress_url, headers={"Last-Event-ID": last_event_id})
+            return [event.data async for event in events if event.comment is None]
+
+        assert await again(last.event_id) == ["[DONE]"]
+        assert await again(str(int(last.event_id) - 1)) == [last.data, "[DONE]"]
+        for never_told in ("99999", "nonsense", "-1", "9" * 30):
+            assert await again(never_told) == [last.data, "[DONE]"]
+
+
+async def test_the_last_one_to_leave_a_download_cancels_it(tmp_path: Path) -> None:
+    async with (
+        FaultServer(gguf(), [Answer(stall_after=1000)]) as server,
+        served_in(tmp_path, stall_s=60) as served,
+    ):
+        first, second, third = [await served.start(f"{server.url}/m.gguf") for _ in range(3)]
+        assert first.download_id == second.download_id == third.download_id
+
+        async def leave(query: str) -> DownloadRecord:
+            path = f"/v1/downloads/{first.download_id}{query}"
+            return await served.peer.call("DELETE", path, answer=DownloadRecord)
+
+        assert (await leave(f"?holder={first.holder}")).holders == 2
+        # Leaving twice is as leaving once.
+        assert (await leave(f"?holder={first.holder}")).holders == 2
+        assert (await leave("")).state is DownloadState.DOWNLOADING
+        last = await leave("")
+        assert last.state is DownloadState.CANCELLED and last.holders == 0
+
+
+async def test_a_download_that_is_to_be_clean_leaves_nothing(tmp_path: Path) -> None:
+    async with (
+        FaultServer(gguf(), [Answer(stall_after=100_000)]) as server,
+        served_in(tmp_path, stall_s=60) as served,
+    ):
+        for clean in (False, True):
+            body = {"model_ref": f"{server.url}/m.gguf", "clean": clean}
+            server.is_stalling.clear()
+            accepted = await served.peer.call(
+                "POST", "/v1/models/download", body=body, answer=DownloadAccepted
+            )
+            await server.is_stalling.wait()
+            await served.peer.call("DELETE", f"/v1/downloads/{accepted.download_id}")
+            assert bool(served.kit.files()) is not clean
 
 
 async def test_a_failed_download_ends_with_its_error(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ async def test_all_parts_of_a_split_model_come(tmp_path: Path) -> None:
     async with HubServer() as hub, kit_in(tmp_path, hf_endpoint=hub.url) as kit:
         hub.add("o/r", parts)
         started = kit.provisioner.start("hf:o/r")
-        frames = [frame async for frame in kit.provisioner.frames(started.download_id)]
+        frames = [frame async for _, frame in kit.provisioner.frames(started.download_id)]
         record, path = await kit.provisioner.wait(started.download_id)
         assert path.name == "m-00001-of-00003.gguf" and record.size_bytes == 300_000
         assert [(path.parent / name).read_bytes() for name in record.files] == list(parts.values())
@@ -140,7 +140,7 @@ async def test_a_tired_hub_is_asked_again(tmp_path: Path) -> None:
 
 async def _cancelled_midway(kit: Kit, ref: str) -> None:
     download_id = kit.provisioner.start(ref).download_id
-    async for frame in kit.provisioner.frames(download_id):
+    async for _, frame in kit.provisioner.frames(download_id):
         if frame.bytes_downloaded > 0:
             break
     await kit.provisioner.cancel(download_id)
@@ -278,7 +278,7 @@ async def test_frames_tell_the_way_and_every_reader_sees_the_end(tmp_path: Path)
         seen: list[list[DownloadFrame]] = []
 
         async def read() -> None:
-            seen.append([frame async for frame in kit.provisioner.frames(download_id)])
+            seen.append([frame async for _, frame in kit.provisioner.frames(download_id)])
 
         async with asyncio.TaskGroup() as group:
             for _ in range(5):
@@ -288,7 +288,7 @@ async def test_frames_tell_the_way_and_every_reader_sees_the_end(tmp_path: Path)
             stages = list(dict.fromkeys(frame.stage for frame in frames))
             assert stages[0] is DownloadState.QUEUED and stages[-1] is DownloadState.COMPLETE
             assert frames[-1].local_path == str(path)
-        late = [frame async for frame in kit.provisioner.frames(download_id)]
+        late = [frame async for _, frame in kit.provisioner.frames(download_id)]
         assert [frame.stage for frame in late] == [DownloadState.COMPLETE]
         wire = msgspec.json.decode(msgspec.json.encode(late[0]))
         assert {
@@ -327,7 +327,7 @@ async def test_a_cancelled_download_stops_and_is_gone_on_with_later(tmp_path: Pa
     async with FaultServer(gguf(), answers) as server, kit_in(tmp_path, limits=limits) as kit:
         ref = f"{server.url}/m.gguf"
         download_id = kit.provisioner.start(ref).download_id
-        async for frame in kit.provisioner.frames(download_id):
+        async for _, frame in kit.provisioner.frames(download_id):
             if frame.bytes_downloaded == 100_000:
                 break
         record = await kit.provisioner.cancel(download_id)

@@ -161,6 +161,13 @@ class ModelCatalog:
             raise ArrieroError(ErrorCode.MODEL_NOT_FOUND, f"the catalog has no model {model_id[:40]!r}")
         return entry
 
+    async def with_content(self, sha256s: Sequence[str]) -> CatalogEntry | None:
+        """Return an entry, of whatever reference, whose files are exactly these."""
+        for entry in await self._entries():
+            if [file.sha256 for file in entry.files] == list(sha256s):
+                return await self._if_present(entry)
+        return None
+
     async def records(self) -> list[ModelRecord]:
         """Return all models, the last used first."""
         return [entry.record for entry in await self._entries()]

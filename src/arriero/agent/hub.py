@@ -37,6 +37,15 @@ class HubFile:
     sha256: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """The files of a reference, and the commit they are of."""
+
+    files: list[RemoteFile]
+    revision: str = ""
+    projector: str = ""
+
+
 def quant_of(path: str) -> str | None:
     """Return the quantisation that a file's name tells, upper case."""
     found = list(_QUANT_IN_NAME.finditer(path.rsplit("/", 1)[-1])) or list(_QUANT_IN_NAME.finditer(path))
@@ -123,7 +132,7 @@ class Hub:
         self._endpoint = endpoint.rstrip("/") if endpoint else None
         self._timeout_s = timeout_s
 
-    async def resolve(self, ref: HfRef, now_unix: float) -> list[RemoteFile]:
+    async def resolve(self, ref: HfRef, now_unix: float) -> HubModel:
         """Return the files of `ref`, pinned to the commit that its revision names now.
 
         Raises MODEL_NOT_FOUND, MODEL_ACCESS_DENIED, and AttemptFailed for what may pass.
@@ -132,7 +141,7 @@ class Hub:
         # by its own time limit and touches nothing of ours.
         return await asyncio.to_thread(self._resolve, ref, now_unix)
 
-    def _resolve(self, ref: HfRef, now_unix: float) -> list[RemoteFile]:
+    def _resolve(self, ref: HfRef, now_unix: float) -> HubModel:
         api = huggingface_hub.HfApi(endpoint=self._endpoint)
         try:
             answer = api.model_info(
@@ -162,7 +171,9 @@ class Hub:
         ]
         revision = answer.sha or ref.revision
         token = huggingface_hub.get_token()
-        return [self._remote(ref, file, revision, token) for file in choose(ref, files)]
+        return HubModel(
+            [self._remote(ref, file, revision, token) for file in choose(ref, files)], revision or ""
+        )
 
     def _remote(self, ref: HfRef, file: HubFile, revision: str | None, token: str | None) -> RemoteFile:
         name = file.path.rsplit("/", 1)[-1]

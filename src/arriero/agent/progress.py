@@ -5,6 +5,7 @@ Readers see the present state, never a backlog: a slow reader misses steps betwe
 
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError
@@ -58,6 +59,12 @@ class Job:
         self.state = DownloadState.QUEUED
         self.error: ArrieroError | None = None
         self.local_path: str | None = None
+        #: Where the bytes come from, for people; told with the next frame.
+        self.source = ""
+        #: Who asked for it and did not leave; kept in the order in which they came.
+        self.holders: dict[str, None] = {}
+        #: Where its parts are kept, once there are any.
+        self.folder: Path | None = None
         self._clock = clock
         self._interval_s = interval_s
         self._on_change = on_change
@@ -69,6 +76,8 @@ class Job:
         self._retry: tuple[str, float] | None = None
         self._speed = SpeedMeter()
         self._changed = Changed()
+        #: The frames told so far; the number of the present one.
+        self._number = 1
         self.frame = self._make_frame()
 
     @property
@@ -89,20 +98,28 @@ class Job:
             attempt=self._attempt,
             started_unix=self._started_unix,
             error=self.error.body() if self.error else None,
+            holders=len(self.holders),
+            source=self.source,
+            retry_reason=self.frame.retry_reason,
+            retry_in_s=self.frame.retry_in_s,
         )
 
-    async def frames(self) -> AsyncGenerator[DownloadFrame, None]:
-        """Yield the present frame, then each change; ends after a final one."""
-        last: DownloadFrame | None = None
+    async def frames(self, after: int = 0) -> AsyncGenerator[tuple[int, DownloadFrame], None]:
+        """Yield the present frame with its number, then each change; ends after a final one.
+
+        Frames up to the number `after` are left out; one that was never told leaves none out.
+        """
+        if after > self._number:
+            after = 0
         while True:
-            frame = self.frame
-            if frame is last:
-                await self._changed.wait()
-                continue
-            last = frame
-            yield frame
+            number, frame = self._number, self.frame
+            if number > after:
+                after = number
+                yield number, frame
             if frame.stage in DOWNLOADS.final:
                 return
+            if number == self._number:
+                await self._changed.wait()
 
     async def wait_final(self) -> None:
         """Return once the state is final."""
@@ -159,6 +176,7 @@ class Job:
 
     def _tell(self) -> None:
         self._told_s = self._clock.monotonic_s()
+        self._number += 1
         self.frame = self._make_frame()
         self._changed.notify()
         self._on_change(self.record())
@@ -179,4 +197,5 @@ class Job:
             retry_reason=retry_reason,
             retry_in_s=None if retry_in_s is None else round(retry_in_s, 3),
             local_path=self.local_path,
+            source=self.source,
         )

@@ -22,6 +22,8 @@ class DownloadAccepted(msgspec.Struct, frozen=True):
 
     download_id: str
     progress_url: str
+    #: Whoever asked leaves with `DELETE /v1/downloads/ID?holder=…`; the last one to leave cancels.
+    holder: str
 
 
 def download_routes(
@@ -33,40 +35,54 @@ def download_routes(
     async def start_download(request: Request[Any, Any, Any]) -> DownloadAccepted:
         """Begin to fetch a model (202), or join the download that runs."""
         body: DownloadBody = await decode_body(request, DownloadBody)
-        record = provisioner.start(body.model_ref)
-        url = f"/v1/models/download/progress?download_id={record.download_id}"
-        return DownloadAccepted(record.download_id, url)
+        ticket = provisioner.start(body.model_ref, peers=body.peers, clean=body.clean)
+        url = f"/v1/models/download/progress?download_id={ticket.download_id}"
+        return DownloadAccepted(ticket.download_id, url, ticket.holder)
 
     @get("/v1/models/download/progress")
-    async def download_progress(download_id: FromQuery[str]) -> ASGIApp:
-        """Follow a download (`download_id`) as events."""
+    async def download_progress(request: Request[Any, Any, Any], download_id: FromQuery[str]) -> ASGIApp:
+        """Follow a download (`download_id`) as events, after the frame that `Last-Event-ID` names."""
         provisioner.record(download_id)
-        return cast("ASGIApp", SseResponse(_progress(provisioner, download_id), beat_s=beat_s))
+        after = _seen_before(request.headers.get("last-event-id", ""))
+        return cast("ASGIApp", SseResponse(_progress(provisioner, download_id, after), beat_s=beat_s))
 
     @get("/v1/downloads")
     async def list_downloads() -> DownloadList:
         """Return the downloads, running and ended."""
         return DownloadList(provisioner.records())
 
+    @get("/v1/downloads/{download_id:str}")
+    async def get_download(download_id: FromPath[str]) -> DownloadRecord:
+        """Return one download."""
+        return provisioner.record(download_id)
+
     @delete("/v1/downloads/{download_id:str}", status_code=200)
-    async def cancel_download(download_id: FromPath[str]) -> DownloadRecord:
-        """Cancel a download."""
-        return await provisioner.cancel(download_id)
+    async def leave_download(
+        download_id: FromPath[str], holder: FromQuery[str | None] = None
+    ) -> DownloadRecord:
+        """Leave a download, as the `holder` that asked for it; the last one to leave cancels it."""
+        return await provisioner.cancel(download_id, holder)
 
-    return [start_download, download_progress, list_downloads, cancel_download]
+    return [start_download, download_progress, list_downloads, get_download, leave_download]
 
 
-async def _progress(provisioner: ModelProvisioner, download_id: str) -> AsyncGenerator[bytes, None]:
-    """Yield a download's events.  `Last-Event-ID` is not looked at: the present state says it all."""
-    event_id = 0
-    frames = provisioner.frames(download_id)
+def _seen_before(header: str) -> int:
+    """Return the number in a `Last-Event-ID`; 0, which is everything, for what is none of ours."""
+    return int(header) if header.isascii() and header.isdigit() and len(header) <= 18 else 0
+
+
+async def _progress(
+    provisioner: ModelProvisioner, download_id: str, after: int
+) -> AsyncGenerator[bytes, None]:
+    """Yield a download's events: the present state first, unless it was seen, then each change."""
+    frames = provisioner.frames(download_id, after)
+    number = after
     try:
-        async for frame in frames:
-            event_id += 1
-            yield sse.encode(msgspec.json.encode(frame), event_id)
+        async for number, frame in frames:
+            yield sse.encode(msgspec.json.encode(frame), number)
     finally:
         await frames.aclose()
     error = provisioner.record(download_id).error
     if error is not None:
         raise from_body(error)
-    yield sse.encode(sse.DONE, event_id + 1)
+    yield sse.encode(sse.DONE, number + 1)

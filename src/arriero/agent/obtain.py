@@ -1,0 +1,394 @@
+"""From where does the content of a reference come: this disk, another node, or the internet?
+
+In this order: a model with the same content under another reference; one that another program keeps
+here; a node of the pool that has it; its source on the internet.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+
+from arriero import demo_model
+from arriero.agent import found, hub, peers, publish
+from arriero.agent.catalog import CatalogEntry, ModelCatalog, make_record
+from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
+from arriero.agent.files import check_room, disk_error, in_thread, sha256_of
+from arriero.agent.progress import Job
+from arriero.agent.retries import Retries
+from arriero.agent.sources import local_file, remote_file
+from arriero.contracts import refs
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.records import ModelFile
+from arriero.contracts.requests import PeerSource
+from arriero.domain.download_states import DOWNLOADS
+from arriero.engines.base import ModelFacts
+from arriero.runtime.clock import Clock
+from arriero.runtime.entropy import Entropy
+from arriero.runtime.http import Http
+
+#: A peer that has not told its models by then is asked no more.
+PEER_TIMEOUT_S: Final = 5.0
+#: With these the next source may still have the model.
+_ELSEWHERE: Final = frozenset(
+    {
+        ErrorCode.DOWNLOAD_FAILED,
+        ErrorCode.DOWNLOAD_TIMEOUT,
+        ErrorCode.MODEL_CORRUPTED,
+        ErrorCode.MODEL_NOT_FOUND,
+        ErrorCode.MODEL_ACCESS_DENIED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The files of a model, the one to load first in front, and who has them."""
+
+    files: Sequence[RemoteFile]
+    provider: str
+    #: For people: "hub", "https", "node attic".
+    source: str
+    revision: str = ""
+    projector: str = ""
+
+    @property
+    def sha256s(self) -> list[str]:
+        """The checksums, empty unless all are known."""
+        known = [file.sha256 for file in self.files if file.sha256 is not None]
+        return known if len(known) == len(self.files) else []
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a download was asked for with, besides its reference."""
+
+    peers: Sequence[PeerSource] = ()
+
+
+class Obtainer:
+    """Makes one reference available for a job.  Raises what a download may fail with."""
+
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        http: Http,
+        session: aiohttp.ClientSession,
+        *,
+        clock: Clock,
+        entropy: Entropy,
+        inspect: Callable[[Path], ModelFacts],
+        limits: FetchLimits,
+        hf_endpoint: str | None,
+    ) -> None:
+        self._catalog = catalog
+        self._http = http
+        self._clock = clock
+        self._entropy = entropy
+        self._inspect = inspect
+        self._limits = limits
+        self._hub = hub.Hub(hf_endpoint, timeout_s=limits.connect_s)
+        self._fetcher = Fetcher(session, clock, entropy, limits)
+        #: Who fetches which content now: the same file is never fetched twice at a time.
+        self._turns: dict[str, Job] = {}
+
+    async def obtain(self, job: Job, parsed: refs.ModelRef, wishes: Wishes) -> CatalogEntry:
+        """Return the entry of the job's reference, entered in the catalog; tells the job the way."""
+        match parsed:
+            case refs.DemoRef():
+                path, sha256 = await in_thread(_demo)
+                return await self._register(job, [path], "demo", "demo", expected=[sha256])
+            case refs.FileRef():
+                path = await in_thread(lambda: local_file(parsed))
+                return await self._register(job, [path], "file", "file")
+            case refs.HttpsRef():
+                job.downloading()
+                for origin in await self._offered(wishes, "https", job.model_ref, []):
+                    if (entry := await self._try(job, origin)) is not None:
+                        return entry
+                return await self._from(job, Origin([remote_file(parsed)], "https", "https"))
+            case refs.HfRef():
+                job.downloading()
+                return await self._from_hub(job, parsed, wishes)
+
+    async def _from_hub(self, job: Job, ref: refs.HfRef, wishes: Wishes) -> CatalogEntry:
+        for origin in await self._offered(wishes, "hf", job.model_ref, []):
+            if (entry := await self._try(job, origin)) is not None:
+                return entry
+        origin = await self._resolved(job, ref)
+        if origin.sha256s:
+            # Another reference of theirs may have led to the same files.
+            for offered in await self._offered(wishes, "hf", None, origin.sha256s):
+                theirs = Origin(
+                    offered.files, "hf", offered.source, revision=origin.revision, projector=origin.projector
+                )
+                if (entry := await self._try(job, theirs)) is not None:
+                    return entry
+        return await self._from(job, origin)
+
+    async def _resolved(self, job: Job, ref: refs.HfRef) -> Origin:
+        retries = Retries(self._limits.retry, self._clock, self._entropy)
+        model = await retries.run(
+            lambda: self._hub.resolve(ref, self._clock.wall_s()), job, what=f"looking up {ref.repo}"
+        )
+        return Origin(model.files, "hf", "hub", revision=model.revision, projector=model.projector)
+
+    async def _offered(
+        self, wishes: Wishes, provider: str, model_ref: str | None, sha256s: Sequence[str]
+    ) -> list[Origin]:
+        if not wishes.peers:
+            return []
+        offers = await peers.offers(
+            wishes.peers, model_ref, sha256s, http=self._http, timeout_s=PEER_TIMEOUT_S
+        )
+        return [
+            Origin(
+                offer.files,
+                provider,
+                f"node {offer.node}" if offer.node else "another node",
+                revision=offer.revision,
+                projector=offer.projector,
+            )
+            for offer in offers
+        ]
+
+    async def _try(self, job: Job, origin: Origin) -> CatalogEntry | None:
+        """Return the entry as `origin` gives it, None where another source may still."""
+        try:
+            return await self._from(job, origin)
+        except ArrieroError as error:
+            if error.code not in _ELSEWHERE:
+                raise
+            job.waiting(f"{origin.source}: {error.message}", 0.0)
+            job.downloading()
+            return None
+
+    async def _from(self, job: Job, origin: Origin) -> CatalogEntry:
+        content = ",".join(origin.sha256s) or job.model_ref
+        async with self._turn(content, job):
+            if origin.sha256s:
+                here = await self._catalog.with_content(origin.sha256s)
+                if here is not None and (entry := await self._shared(job, here, origin)) is not None:
+                    return entry
+                if (entry := await self._found(job, origin)) is not None:
+                    return entry
+            job.source = origin.source
+            return await self._fetch_all(
+                job, origin, publish.partial_folder(self._catalog.models_dir, content)
+            )
+
+    @asynccontextmanager
+    async def _turn(self, content: str, job: Job) -> AsyncGenerator[None, None]:
+        """Wait until nobody else fetches this content, telling what they tell; then be the one."""
+        while (other := self._turns.get(content)) is not None:
+            frames = other.frames()
+            try:
+                async for _, frame in frames:
+                    job.source = frame.source
+                    job.advance(frame.bytes_downloaded, frame.bytes_total)
+                    if frame.stage in DOWNLOADS.final or self._turns.get(content) is not other:
+                        break
+            finally:
+                await frames.aclose()
+        self._turns[content] = job
+        try:
+            yield
+        finally:
+            del self._turns[content]
+
+    # --- Files that are here already ----------------------------------------------------------
+
+    async def _shared(self, job: Job, here: CatalogEntry, origin: Origin) -> CatalogEntry | None:
+        """Enter the files of another entry under the job's reference; None if they cannot be shared."""
+        facts = await asyncio.to_thread(self._inspect, here.path)
+        job.source = "this machine"
+        job.advance(here.record.size_bytes, here.record.size_bytes)
+        record = make_record(
+            model_ref=job.model_ref,
+            provider=origin.provider,
+            files=here.files,
+            facts=facts,
+            is_external=here.record.is_external,
+            added_unix=self._clock.wall_s(),
+            source=here.record.source,
+            revision=origin.revision,
+            projector=here.record.projector,
+        )
+        paths = here.paths
+        if not here.record.is_external:
+            models_dir = self._catalog.models_dir
+            folder = publish.partial_folder(models_dir, f"{job.model_ref}\nlinked")
+            try:
+                ready = await in_thread(lambda: publish.link(folder, here))
+                target = await in_thread(lambda: publish.put_in_place(ready, models_dir, record, here.files))
+            except OSError:
+                await in_thread(lambda: publish.drop(folder))
+                return None
+            paths = tuple(target / file.name for file in here.files)
+        job.verifying()
+        entry = CatalogEntry(record, here.files, paths)
+        await self._catalog.add(entry)
+        return entry
+
+    async def _found(self, job: Job, origin: Origin) -> CatalogEntry | None:
+        """Enter what another program keeps here, if it is these very files."""
+        sizes = [file.size_bytes for file in origin.files]
+        seen = await in_thread(lambda: found.by_content(os.environ, Path.home(), origin.sha256s, sizes))
+        if seen is None:
+            return None
+        try:
+            return await self._register(
+                job, seen.paths, origin.provider, seen.source, expected=origin.sha256s,
+                names=[file.name for file in origin.files],
+                revision=origin.revision, projector=origin.projector,
+            )  # fmt: skip
+        except ArrieroError as error:
+            # Not what its name says, or gone meanwhile: then it is fetched.
+            job.waiting(f"{seen.source}: {error.message}", 0.0)
+            job.downloading()
+            return None
+
+    async def enter_found(self, job: Job, seen: found.Found) -> CatalogEntry:
+        """Enter a model that a scan found, where it lies."""
+        provider = "hf" if seen.model_ref.startswith("hf:") else "file"
+        return await self._register(
+            job, seen.paths, provider, seen.source, expected=seen.sha256s, revision=seen.revision
+        )
+
+    async def _register(
+        self, job: Job, paths: Sequence[Path], provider: str, source: str, *,
+        expected: Sequence[str | None] = (), names: Sequence[str] = (), revision: str = "",
+        projector: str = "",
+    ) -> CatalogEntry:  # fmt: skip
+        """Enter files where they lie: header read, hashed, never copied."""
+        job.downloading()
+        job.source = source
+        facts = await asyncio.to_thread(self._inspect, paths[0])
+        job.verifying()
+        files = []
+        try:
+            total = sum([(await in_thread(path.stat)).st_size for path in paths])
+            before = 0
+            for number, path in enumerate(paths):
+                file = await self._hashed(job, path, before, total)
+                wanted = expected[number] if number < len(expected) else None
+                if wanted not in (None, file.sha256):
+                    raise ArrieroError(
+                        ErrorCode.MODEL_CORRUPTED,
+                        f"{file.name} has the checksum {file.sha256[:12]}…, it should be {str(wanted)[:12]}…",
+                        file=file.name,
+                    )
+                before += file.size_bytes
+                files.append(file)
+        except OSError as error:
+            raise ArrieroError(
+                ErrorCode.INVALID_MODEL_PATH, f"{paths[0].name} cannot be read: {error.strerror}"
+            ) from error
+        record = make_record(
+            model_ref=job.model_ref,
+            provider=provider,
+            files=files,
+            facts=facts,
+            is_external=True,
+            added_unix=self._clock.wall_s(),
+            source=source,
+            revision=revision,
+            projector=projector,
+        )
+        entry = CatalogEntry(record, tuple(files), tuple(paths))
+        await self._catalog.add(entry)
+        return entry
+
+    async def _hashed(self, job: Job, path: Path, before_bytes: int, total_bytes: int) -> ModelFile:
+        before = await in_thread(path.stat)
+        job.advance(before_bytes, total_bytes)
+        sha256 = await sha256_of(path, lambda read: job.advance(before_bytes + read, total_bytes))
+        after = await in_thread(path.stat)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise ArrieroError(ErrorCode.MODEL_CORRUPTED, f"{path.name} changed while it was read")
+        return ModelFile(
+            name=path.name, size_bytes=after.st_size, sha256=sha256, modified_ns=after.st_mtime_ns
+        )
+
+    # --- Fetched files ------------------------------------------------------------------------
+
+    async def _fetch_all(self, job: Job, origin: Origin, folder: Path) -> CatalogEntry:
+        try:
+            have_bytes = await in_thread(lambda: publish.prepare(folder))
+        except OSError as error:
+            raise disk_error(error, "a download was prepared") from error
+        job.folder = folder
+        sizes = [remote.size_bytes for remote in origin.files]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        if total is not None:
+            await check_room(folder, total - have_bytes)
+        fetched: list[FetchedFile] = []
+        for remote in origin.files:
+            watch = _PartWatch(job, sum(file.size_bytes for file in fetched), total)
+            fetched.append(await self._fetcher.fetch(remote, folder, watch))
+        job.verifying()
+        return await self._publish(job, origin, folder, fetched)
+
+    async def _publish(
+        self, job: Job, origin: Origin, folder: Path, fetched: list[FetchedFile]
+    ) -> CatalogEntry:
+        """Read the header, write the card, rename the folder into place, enter it."""
+        models_dir = self._catalog.models_dir
+        try:
+            ready = await in_thread(lambda: publish.gather(folder, fetched))
+            facts = await self._inspect_or_drop(ready / fetched[0].name, folder)
+            files = await in_thread(lambda: publish.describe(ready, fetched))
+            record = make_record(
+                model_ref=job.model_ref,
+                provider=origin.provider,
+                files=files,
+                facts=facts,
+                is_external=False,
+                added_unix=self._clock.wall_s(),
+                source=origin.source,
+                revision=origin.revision,
+                projector=origin.projector,
+            )
+            target = await in_thread(lambda: publish.put_in_place(ready, models_dir, record, files))
+        except OSError as error:
+            raise disk_error(error, "a model was put in place") from error
+        entry = CatalogEntry(record, tuple(files), tuple(target / file.name for file in files))
+        await self._catalog.add(entry)
+        return entry
+
+    async def _inspect_or_drop(self, path: Path, folder: Path) -> ModelFacts:
+        try:
+            return await asyncio.to_thread(self._inspect, path)
+        except ArrieroError:
+            # All bytes are as the source has them, and they are no model: going on is of no use.
+            await in_thread(lambda: publish.drop(folder))
+            raise
+
+
+class _PartWatch:
+    """Tells a job of one file of several."""
+
+    def __init__(self, job: Job, before_bytes: int, total_bytes: int | None) -> None:
+        self._job = job
+        self._before_bytes = before_bytes
+        self._total_bytes = total_bytes
+        self.attempting = job.attempting
+        self.waiting = job.waiting
+        self.downloading = job.downloading
+        self.verifying = job.verifying
+
+    def advance(self, downloaded_bytes: int, total_bytes: int | None) -> None:
+        """So many bytes of this file are there."""
+        total = self._total_bytes
+        if total is None and total_bytes is not None:
+            total = self._before_bytes + total_bytes
+        self._job.advance(self._before_bytes + downloaded_bytes, total)
+
+
+def _demo() -> tuple[Path, str]:
+    return demo_model.path().resolve(), demo_model.SHA256

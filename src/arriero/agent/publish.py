@@ -1,0 +1,121 @@
+"""How does a model whose files are whole become visible, all of it or nothing?
+
+The files lie in `.partial/KEY`; they are gathered in `.partial/KEY/ready` with a card that says what
+they are, made to last, and renamed to `MODELS_DIR/MODEL_ID` in one step.
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry
+from arriero.agent.fetch import FetchedFile
+from arriero.agent.files import sync_folder
+from arriero.contracts.records import ModelFile, ModelRecord
+
+PARTIAL_DIR: Final = ".partial"
+_READY: Final = "ready"
+
+
+class LinkInTheWay(OSError):
+    """A folder of ours is a symlink: what is written would land elsewhere."""
+
+
+def partial_folder(models_dir: Path, key: str) -> Path:
+    """Return where the parts of a download are kept; the same for the same content or reference."""
+    return models_dir / PARTIAL_DIR / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def prepare(folder: Path) -> int:
+    """Make the folder; undo a publication that a crash cut short; return the bytes that are there.
+
+    Raises OSError, also where a symlink stands in the way.
+    """
+    for step in (folder.parent, folder):
+        step.mkdir(parents=True, exist_ok=True)
+        if not stat.S_ISDIR(step.lstat().st_mode):
+            raise LinkInTheWay(20, "is no folder of its own")
+    ready = folder / _READY
+    if ready.is_symlink():
+        ready.unlink()
+    if ready.is_dir():
+        (ready / CARD_NAME).unlink(missing_ok=True)
+        for path in ready.iterdir():
+            path.replace(folder / f"{path.name}.part")
+        ready.rmdir()
+    return allocated_bytes(folder)
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Return what the parts in a folder take of the disk: a sparse file takes less than its length."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.glob("*.part"))
+
+
+def drop(folder: Path) -> None:
+    """Remove what is left of a download; nothing if there is nothing."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def gather(folder: Path, fetched: Sequence[FetchedFile]) -> Path:
+    """Move the whole files under their names into one folder, and return it."""
+    ready = folder / _READY
+    ready.mkdir()
+    for file in fetched:
+        file.path.replace(ready / file.name)
+    sync_folder(ready)
+    return ready
+
+
+def link(folder: Path, entry: CatalogEntry) -> Path:
+    """Link the files of an entry of our own into one folder, and return it; they take no room twice.
+
+    Raises OSError where the disk has no hard links.
+    """
+    drop(folder)
+    ready = folder / _READY
+    ready.mkdir(parents=True)
+    for file, path in zip(entry.files, entry.paths, strict=True):
+        (ready / file.name).hardlink_to(path)
+    sync_folder(ready)
+    return ready
+
+
+def describe(ready: Path, fetched: Sequence[FetchedFile]) -> list[ModelFile]:
+    """Return the files as the card names them."""
+    return [
+        ModelFile(
+            name=file.name,
+            size_bytes=file.size_bytes,
+            sha256=file.sha256,
+            modified_ns=(ready / file.name).stat().st_mtime_ns,
+        )
+        for file in fetched
+    ]
+
+
+def put_in_place(ready: Path, models_dir: Path, record: ModelRecord, files: Sequence[ModelFile]) -> Path:
+    """Write the card, rename the folder to the model's own, and return that; its rest is removed."""
+    target = models_dir / record.model_id
+    with (ready / CARD_NAME).open("xb") as file:
+        file.write(msgspec.json.encode(Card(record=record, files=list(files))))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(ready)
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        # The same reference and content, but not in the catalog: whatever it was, this is verified.
+        shutil.rmtree(target)
+    ready.replace(target)
+    sync_folder(target.parent)
+    drop(ready.parent)
+    return target
