@@ -193,7 +193,7 @@ class NodeRegistry:
         node.address = address
         node.capabilities = snapshot.capabilities
         node.last_connected_unix = self._clock.wall_s()
-        node.downloads = {download.download_id: download for download in snapshot.downloads}
+        node.downloads = {download.download_id: _on(name, download) for download in snapshot.downloads}
         told = {record.worker_id for record in snapshot.workers}
         for record in self.workers.select(node=name):
             if record.worker_id not in told:
@@ -216,8 +216,9 @@ class NodeRegistry:
         if isinstance(event, WorkerChanged):
             self.observe(event.worker, event.worker_token)
         elif isinstance(event, DownloadChanged):
-            node.downloads[event.download.download_id] = event.download
-            self._tell(event)
+            download = _on(node.name, event.download)
+            node.downloads[download.download_id] = download
+            self._tell(DownloadChanged(download=download))
         elif isinstance(event, AgentBeat):
             free = event.device_free_mb
             node.capabilities = msgspec.structs.replace(
@@ -279,3 +280,7 @@ class NodeRegistry:
     def _tell(self, event: PoolEvent) -> None:
         self._feed.tell(event)
         self.changed.notify()
+
+
+def _on(node: str, download: DownloadRecord) -> DownloadRecord:
+    return msgspec.structs.replace(download, node=node)

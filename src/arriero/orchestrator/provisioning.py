@@ -1,7 +1,7 @@
 """How does a model that no worker has get one?  (`ModelProvisioner`)
 
 Choose a node, fetch the model if the node lacks it, start a worker.  Whoever asks for the same
-model meanwhile shares the one job; it goes on when they leave, so that the next one finds a model.
+model meanwhile shares the one job.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fail, from_body
 from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
 from arriero.contracts.records import ModelList, ModelRecord, WorkerRecord
-from arriero.contracts.requests import DownloadBody, SpawnBody
-from arriero.contracts.states import DownloadState
+from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
+from arriero.contracts.states import DownloadState, NodeState
 from arriero.domain.placement import NodeChoice, Wants, choose_node
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.runtime import logs
@@ -28,6 +28,7 @@ SPAWN_TIMEOUT_S: Final = 60.0
 #: A download tells its state each second at least; its own rules end one that brings nothing.
 DOWNLOAD_SILENCE_S: Final = 60.0
 TELL_EVERY_S: Final = 0.25
+LEAVE_TIMEOUT_S: Final = 2.0
 MIB: Final = 1024 * 1024
 #: With these another node may still succeed.
 _TRY_ELSEWHERE: Final = frozenset(
@@ -42,6 +43,14 @@ _TRY_ELSEWHERE: Final = frozenset(
 )
 
 Step: TypeAlias = TaskPlacing | TaskDownloading
+
+
+class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/download` of an agent: 202."""
+
+    download_id: str
+    progress_url: str = ""
+    holder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,10 @@ class Job:
         self.worker_id: str | None = None
         self.error: ArrieroError | None = None
         self.changed = Changed()
+        #: Requests that wait for it.
+        self.followers = 0
+        self.is_downloading = False
+        self.task: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -104,8 +117,21 @@ class ModelProvisioner:
         if job is None:
             job = Job(replace(wants, excluded=frozenset()))
             self._jobs[key] = job
-            self._group.create_task(self._run(key, job), name=f"provision-{wants.model_ref[:40]}")
+            name = f"provision-{wants.model_ref[:40]}"
+            job.task = self._group.create_task(self._run(key, job), name=name)
         return job
+
+    def left(self, job: Job) -> None:
+        """Take note that a request waits no more.
+
+        A worker that is being started is finished for the next one; a download that nobody waits for
+        is left: its agent ends it unless somebody else asked for it.
+        """
+        job.followers -= 1
+        if not job.followers and job.is_downloading and job.task is not None:
+            # Whoever comes now begins a new job.
+            self._jobs = {key: other for key, other in self._jobs.items() if other is not job}
+            job.task.cancel()
 
     async def spawn(self, body: SpawnBody, node_name: str | None) -> WorkerRecord:
         """Start a worker as somebody asked for it.
@@ -157,7 +183,8 @@ class ModelProvisioner:
         finally:
             if not job.is_over:
                 job.ended(error=ArrieroError(ErrorCode.REQUEST_CANCELLED, "the orchestrator is stopping"))
-            self._jobs.pop(key, None)
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
 
     async def _provision(self, job: Job) -> WorkerRecord:
         refused: dict[str, ArrieroError] = {}
@@ -208,12 +235,44 @@ class ModelProvisioner:
             self._registry.observe(record)
         return record
 
+    def peers_of(self, node: Node) -> list[PeerSource]:
+        """Return the other nodes, which `node` asks for a model before it asks the internet."""
+        return [
+            PeerSource(url=other.peer.url, token=other.address.token, node=other.name)
+            for other in self._registry.nodes()
+            if other is not node and other.state is NodeState.READY
+        ]
+
+    async def start_download(self, node: Node, model_ref: str, *, clean: bool = False) -> DownloadStarted:
+        """Have a node begin to fetch a model, or join the download that does.  Raises what it answers."""
+        body = DownloadBody(model_ref=model_ref, peers=self.peers_of(node), clean=clean)
+        return await node.peer.call("POST", "/v1/models/download", body=body, answer=DownloadStarted)
+
+    async def leave_download(self, node: Node, download_id: str, holder: str) -> None:
+        """Leave a download, within a short time and whatever happens."""
+        try:
+            path = f"/v1/downloads/{download_id}?holder={holder}"
+            await node.peer.call("DELETE", path, timeout_s=LEAVE_TIMEOUT_S)
+        except ArrieroError as error:
+            self._log.warning("download not left", node=node.name, code=str(error.code))
+
     async def _download(self, node: Node, job: Job) -> None:
         """Fetch the model onto `node`.  Raises the download's error."""
         model_ref = job.wants.model_ref
-        started = await node.peer.call(
-            "POST", "/v1/models/download", body=DownloadBody(model_ref=model_ref), answer=DownloadStarted
-        )
+        if not job.followers:
+            raise ArrieroError(ErrorCode.REQUEST_CANCELLED, "nobody waits for the model any more")
+        started = await self.start_download(node, model_ref)
+        job.is_downloading = True
+        try:
+            await self._follow_download(node, job, started)
+        except asyncio.CancelledError:
+            await self.leave_download(node, started.download_id, started.holder)
+            raise
+        finally:
+            job.is_downloading = False
+
+    async def _follow_download(self, node: Node, job: Job, started: DownloadStarted) -> None:
+        model_ref = job.wants.model_ref
         path = f"/v1/models/download/progress?download_id={started.download_id}"
         told_s = -TELL_EVERY_S
         events = node.peer.events(path, silence_s=DOWNLOAD_SILENCE_S)
@@ -248,13 +307,6 @@ class ModelProvisioner:
         return frozenset(node.name for node, _ in found), found[0][1] if found else None
 
 
-class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/models/download` of an agent: 202."""
-
-    download_id: str
-    progress_url: str = ""
-
-
 def _checked(choice: NodeChoice, wants: Wants) -> str:
     """Return the chosen node's name.  Raises why there is none."""
     if choice.node is None:
@@ -275,7 +327,7 @@ def _downloading(node: Node, model_ref: str, frame: DownloadFrame) -> TaskDownlo
     elif frame.retry_reason is not None:
         message = f"fetches {model_ref}: {frame.retry_reason}, tries again (attempt {frame.attempt + 1})"
     else:
-        message = f"fetches {model_ref}"
+        message = f"fetches {model_ref}" + (f" from {frame.source}" if frame.source else "")
     return TaskDownloading(
         bytes_downloaded=frame.bytes_downloaded,
         bytes_total=frame.bytes_total,

@@ -148,6 +148,13 @@ class Scheduler:
                 return
 
     async def _follow_job(self, job: Job, say: Say) -> str:
+        job.followers += 1
+        try:
+            return await self._wait_for_job(job, say)
+        finally:
+            self._provisioner.left(job)
+
+    async def _wait_for_job(self, job: Job, say: Say) -> str:
         told = 0
         while True:
             while told < len(job.steps):

@@ -1,7 +1,7 @@
 """Which questions of management does the orchestrator answer?"""
 
 from typing import Annotated, Any, TypeAlias
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import msgspec
 from litestar import Request, Response, delete, get, post
@@ -27,7 +27,6 @@ from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
-from arriero.orchestrator.provisioning import DownloadStarted
 from arriero.orchestrator.routes.streams import decode_strictly
 
 #: `all=1` in a query.
@@ -63,6 +62,8 @@ class DownloadAccepted(msgspec.Struct, frozen=True, kw_only=True):
     download_id: str
     progress_url: str
     node: str
+    #: Whoever asked leaves with `DELETE /v1/downloads/ID?holder=…`; the last one to leave cancels.
+    holder: str
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,15 +209,16 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
         node = await o.choose_node(Wants(body.model_ref, body.node))
-        started = await node.peer.call(
-            "POST", "/v1/models/download", body=DownloadBody(model_ref=body.model_ref), answer=DownloadStarted
-        )
+        started = await o.provisioner.start_download(node, body.model_ref, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.
-        node.downloads.setdefault(started.download_id, _queued(started.download_id, body.model_ref))
+        node.downloads.setdefault(
+            started.download_id, _queued(started.download_id, body.model_ref, node.name)
+        )
         return DownloadAccepted(
             download_id=started.download_id,
             progress_url=f"/v1/downloads/progress?download_id={started.download_id}",
             node=node.name,
+            holder=started.holder,
         )
 
     @get("/v1/downloads/{download_id:str}")
@@ -224,22 +226,28 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Return one download."""
         return o.node_of_download(download_id).downloads[download_id]
 
-    @delete("/v1/downloads/{download_id:str}", status_code=204)
-    async def cancel_download(download_id: FromPath[str]) -> None:
-        """Cancel a download."""
+    @delete("/v1/downloads/{download_id:str}", status_code=200)
+    async def leave_download(
+        download_id: FromPath[str], holder: FromQuery[str | None] = None
+    ) -> DownloadRecord:
+        """Leave a download, as the `holder` that asked for it; the last one to leave cancels it."""
         node = o.registry.reachable(o.node_of_download(download_id).name)
-        await node.peer.call("DELETE", f"/v1/downloads/{download_id}")
+        path = f"/v1/downloads/{download_id}" + (f"?holder={quote(holder, safe='')}" if holder else "")
+        record = await node.peer.call("DELETE", path, answer=DownloadRecord)
+        return msgspec.structs.replace(record, node=node.name)
 
-    return [list_downloads, start_download, get_download, cancel_download]
+    return [list_downloads, start_download, get_download, leave_download]
 
 
-def _queued(download_id: str, model_ref: str) -> DownloadRecord:
+def _queued(download_id: str, model_ref: str, node: str) -> DownloadRecord:
     return DownloadRecord(
         download_id=download_id,
         model_ref=model_ref,
         state=DownloadState.QUEUED,
         bytes_downloaded=0,
         bytes_total=None,
+        node=node,
+        holders=1,
     )
 
 
