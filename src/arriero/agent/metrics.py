@@ -57,6 +57,15 @@ class AgentMetrics(Collector):
         yield GaugeMetricFamily(
             "arriero_agent_downloads_running", "Downloads that run now.", value=self._downloads.running
         )
+        for name, value, help_text in (
+            (
+                "bytes",
+                self._downloads.bytes,
+                "Bytes of models that came, or were found, while they were watched.",
+            ),
+            ("retries", self._downloads.retries, "Attempts of downloads that failed and were made again."),
+        ):
+            yield CounterMetricFamily(f"arriero_agent_download_{name}", help_text, value=value)
 
 
 class Downloads:
@@ -64,7 +73,9 @@ class Downloads:
 
     def __init__(self) -> None:
         self.ended = dict.fromkeys(sorted(DOWNLOADS.final), 0)
-        self._open: set[str] = set()
+        self.bytes = 0
+        self.retries = 0
+        self._open: dict[str, DownloadRecord] = {}
 
     @property
     def running(self) -> int:
@@ -73,8 +84,12 @@ class Downloads:
 
     def changed(self, record: DownloadRecord) -> None:
         """Take a change."""
+        before = self._open.get(record.download_id)
+        if before is not None:
+            self.bytes += max(record.bytes_downloaded - before.bytes_downloaded, 0)
+            self.retries += record.retry_reason is not None and before.retry_reason is None
         if record.state not in self.ended:
-            self._open.add(record.download_id)
-        elif record.download_id in self._open:
-            self._open.discard(record.download_id)
+            self._open[record.download_id] = record
+        elif before is not None:
+            del self._open[record.download_id]
             self.ended[record.state] += 1

@@ -181,13 +181,7 @@ def _tell(event: Any, narrator: Narrator) -> None:
     """Tell the person what an event says besides text."""
     if isinstance(event, TaskDownloading):
         total = event.bytes_total
-        detail = render.bytes_text(event.bytes_downloaded)
-        if total:
-            detail += f" of {render.bytes_text(total)}"
-        if event.speed_mbps:
-            detail += f", {event.speed_mbps:.1f} Mbit/s"
-        if event.eta_s is not None:
-            detail += f", {render.seconds_text(event.eta_s)} left"
+        detail = render.progress_text(event.bytes_downloaded, total, event.speed_mbps, event.eta_s)
         narrator.advance("downloading", event.bytes_downloaded / total if total else None, detail)
     elif isinstance(event, TaskLoading):
         narrator.advance("loading", event.fraction, event.stage if event.stage != "loading" else "")

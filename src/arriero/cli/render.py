@@ -114,6 +114,18 @@ def bytes_text(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def progress_text(done: int, total: int | None, speed_mbps: float, eta_s: float | None) -> str:
+    """Return how far something is: `1.2 GiB of 4.1 GiB, 85.0 Mbit/s, 3 min 5 s left`."""
+    text = bytes_text(done)
+    if total:
+        text += f" of {bytes_text(total)}"
+    if speed_mbps:
+        text += f", {speed_mbps:.1f} Mbit/s"
+    if eta_s is not None:
+        text += f", {seconds_text(eta_s)} left"
+    return text
+
+
 def mib_text(size_mb: float) -> str:
     """Return a number of MiB for people."""
     return bytes_text(size_mb * 1024 * 1024)

@@ -40,10 +40,13 @@ DEADLINE_HEADER: Final = "X-Request-Deadline"
 
 
 class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/models/download` of an agent: 202."""
+    """`POST /v1/models/download` of an agent, `POST /v1/downloads` of the orchestrator: 202."""
 
     download_id: str
     progress_url: str
+    #: With this whoever asked leaves the download again; the last one to leave cancels it.
+    holder: str = ""
+    node: str = ""
 
 
 class OpenAiModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +195,27 @@ class Orchestrator(Caller):
         """Return the downloads of the pool, running and ended."""
         return self.call("GET", "/v1/downloads", DownloadList).downloads
 
+    def start_download(self, body: DownloadBody) -> DownloadStarted:
+        """Have a node begin to fetch a model, or join the download that does."""
+        return self.call("POST", "/v1/downloads", DownloadStarted, body=body)
+
+    def leave_download(
+        self, download_id: str, holder: str | None = None, *, timeout_s: float | None = None
+    ) -> DownloadRecord:
+        """Leave a download; the last one to leave cancels it.  Safe to call twice with a `holder`."""
+        path = f"/v1/downloads/{quote(download_id, safe='')}"
+        query = f"?holder={quote(holder, safe='')}" if holder else ""
+        return self.call("DELETE", path + query, DownloadRecord, timeout_s=timeout_s)
+
+    def download_progress(
+        self, download_id: str, *, last_event_id: str = "", codes: FailureCodes = streams.SSE_CODES,
+        **limits: Any,
+    ) -> EventStream:  # fmt: skip
+        """Follow a download (decode with `download_frames`), from behind `last_event_id` on."""
+        path = f"/v1/downloads/{quote(download_id, safe='')}/progress"
+        headers = {"Last-Event-ID": last_event_id} if last_event_id else None
+        return self.stream("GET", path, codes=codes, headers=headers, **limits)
+
     def models(self) -> list[OpenAiModel]:
         """Return the models that can be asked for at once."""
         return self.call("GET", "/v1/models", OpenAiModelList).data
@@ -224,6 +248,10 @@ class Orchestrator(Caller):
             "POST", "/v1/tasks",
             body=_without_defaults(body), headers=headers, codes=codes, silence_s=silence_s, total_s=total_s,
         )  # fmt: skip
+
+    def node_agent(self, node: str) -> "Agent":
+        """Return a client of a node's agent, wherever it lives; it answers for its models alone."""
+        return Agent(f"{self.url}/v1/nodes/{quote(node, safe='')}/proxy", self._target.token)
 
     def worker_client(self, record: WorkerRecord, **options: Any) -> "Worker":
         """Return a client of a worker, through the orchestrator."""
@@ -260,6 +288,13 @@ class Agent(Caller):
     def models(self) -> list[ModelRecord]:
         """Return the machine's catalog."""
         return self.call("GET", "/v1/models", ModelList).models
+
+    def model_of(self, model_ref: str) -> ModelRecord:
+        """Return the model of a reference.  Raises MODEL_NOT_FOUND."""
+        for record in self.models():
+            if record.model_ref == model_ref:
+                return record
+        raise ArrieroError(ErrorCode.MODEL_NOT_FOUND, f"the catalog has no model {model_ref[:200]!r}")
 
     def remove_model(self, model_id: str) -> None:
         """Remove a model from the catalog, and its files where they are ours."""

@@ -43,6 +43,15 @@ class _Reading(Collector):
         for (node, state), number in sorted(places.items()):
             workers.add_metric([node, state], number)
         yield workers
+        downloads = GaugeMetricFamily(
+            "arriero_downloads",
+            "Downloads by node and state; the last ended ones too.",
+            labels=["node", "state"],
+        )
+        counts = Count((node.name, str(download.state)) for node, download in registry.downloads())
+        for (name, state), number in sorted(counts.items()):
+            downloads.add_metric([name, state], number)
+        yield downloads
 
 
 def exposition(orchestrator: Orchestrator) -> bytes:

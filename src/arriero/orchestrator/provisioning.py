@@ -5,6 +5,7 @@ model meanwhile shares the one job.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
@@ -243,9 +244,14 @@ class ModelProvisioner:
             if other is not node and other.state is NodeState.READY
         ]
 
-    async def start_download(self, node: Node, model_ref: str, *, clean: bool = False) -> DownloadStarted:
-        """Have a node begin to fetch a model, or join the download that does.  Raises what it answers."""
-        body = DownloadBody(model_ref=model_ref, peers=self.peers_of(node), clean=clean)
+    async def start_download(
+        self, node: Node, model_ref: str, *, peers: Sequence[PeerSource] = (), clean: bool = False
+    ) -> DownloadStarted:
+        """Have a node begin to fetch a model, or join the download that does.  Raises what it answers.
+
+        `peers` are asked for it besides the other nodes.
+        """
+        body = DownloadBody(model_ref=model_ref, peers=[*peers, *self.peers_of(node)], clean=clean)
         return await node.peer.call("POST", "/v1/models/download", body=body, answer=DownloadStarted)
 
     async def leave_download(self, node: Node, download_id: str, holder: str) -> None:

@@ -209,7 +209,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
         node = await o.choose_node(Wants(body.model_ref, body.node))
-        started = await o.provisioner.start_download(node, body.model_ref, clean=body.clean)
+        started = await o.provisioner.start_download(node, body.model_ref, peers=body.peers, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.
         node.downloads.setdefault(
             started.download_id, _queued(started.download_id, body.model_ref, node.name)

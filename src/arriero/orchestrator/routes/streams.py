@@ -27,8 +27,7 @@ STREAM_ROUTES: Final = (
     ("/v1/downloads/progress", "GET", "Follow a download (`download_id`) as events."),
     ("/v1/downloads/{download_id}/progress", "GET", "Follow a download as events."),
     ("/v1/events", "GET", "Follow nodes, workers and tasks as events."),
-    ("/v1/nodes/{name}/models", "ANY", "Any of an agent's routes below `/v1/models`, wherever it lives."),
-    ("/v1/nodes/{name}/models/{path}", "ANY", "Any of an agent's routes below `/v1/models`."),
+    ("/v1/nodes/{name}/proxy/{path}", "ANY", "An agent's routes below `/v1/models`, wherever it lives."),
     ("/v1/tasks", "POST", "Accept a task (202), or run it as an event stream that owns it."),
     ("/v1/tasks/{task_id}/events", "GET", "Follow a task's events, from `Last-Event-ID` on."),
     ("/v1/workers/{worker_id}/logs", "GET", "Return a worker's log; with `follow=1` until it ends."),
@@ -67,8 +66,8 @@ class Front:
             what, kind = parts[2], parts[4]
             if what == "workers" and kind == "proxy":
                 return self._proxy
-            if what == "nodes" and kind == "models":
-                return self._node_models
+            if what == "nodes" and kind == "proxy":
+                return self._node_proxy
             if scope["method"] == "GET":
                 if what == "workers" and kind == "logs" and len(parts) == 5:
                     return self._worker_logs
@@ -133,12 +132,14 @@ class Front:
         target = f"/v1/workers/{record.worker_id}/logs{_query(scope)}"
         await self._to_agent(scope, receive, send, record.node, target)
 
-    async def _node_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _node_proxy(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = scope["path"].split("/", 5)
-        rest = "/" + quote(parts[5], safe="/:@!$&'()*+,;=~-._") if len(parts) > 5 else ""
-        if ".." in rest.split("/"):
-            fail(ErrorCode.NOT_FOUND, f"no route {scope['path'][:200]}")
-        await self._to_agent(scope, receive, send, parts[3], f"/v1/models{rest}{_query(scope)}")
+        rest = parts[5].split("/") if len(parts) > 5 else []
+        # An agent's other routes tell secrets: its events carry the workers' tokens.
+        if rest[:2] != ["v1", "models"] or ".." in rest:
+            fail(ErrorCode.NOT_FOUND, f"no route {scope['path'][:200]}", path=scope["path"][:200])
+        target = "/" + quote("/".join(rest), safe="/:@!$&'()*+,;=~-._") + _query(scope)
+        await self._to_agent(scope, receive, send, parts[3], target)
 
     async def _download_progress(self, scope: Scope, receive: Receive, send: Send) -> None:
         download_id = self._download_id(scope)
