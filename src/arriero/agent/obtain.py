@@ -244,7 +244,6 @@ class Obtainer:
         try:
             return await self._register(
                 job, seen.paths, origin.provider, seen.source, expected=origin.sha256s,
-                names=[file.name for file in origin.files],
                 revision=origin.revision, projector=origin.projector,
             )  # fmt: skip
         except ArrieroError as error:
@@ -262,8 +261,7 @@ class Obtainer:
 
     async def _register(
         self, job: Job, paths: Sequence[Path], provider: str, source: str, *,
-        expected: Sequence[str | None] = (), names: Sequence[str] = (), revision: str = "",
-        projector: str = "",
+        expected: Sequence[str | None] = (), revision: str = "", projector: str = "",
     ) -> CatalogEntry:  # fmt: skip
         """Enter files where they lie: header read, hashed, never copied."""
         job.downloading()

@@ -162,9 +162,7 @@ class ModelProvisioner:
         """
         running = self._start(ref, Wishes(tuple(peers)))
         running.is_clean = running.is_clean or clean
-        holder = self._entropy.hex(_HOLDER_DIGITS)
-        running.job.holders[holder] = None
-        return Ticket(running.job.download_id, holder)
+        return self._ticket(running)
 
     def records(self) -> list[DownloadRecord]:
         """Return all downloads that run, and the last ones that ended; the newest first."""
@@ -219,12 +217,10 @@ class ModelProvisioner:
             await asyncio.wait({running.task})
         return running.job.record()
 
-    async def enter_found(self, seen: Found) -> DownloadRecord:
-        """Enter a model that another program keeps here, as a download that fetches nothing."""
+    def start_found(self, seen: Found) -> Ticket:
+        """Begin to enter a model that another program keeps here: a download that fetches nothing."""
         running = self._start(seen.model_ref, Wishes(), seen)
-        running.job.holders["scan"] = None
-        await running.job.wait_final()
-        return running.job.record()
+        return self._ticket(running)
 
     # --- One download -------------------------------------------------------------------------
 
@@ -233,6 +229,11 @@ class ModelProvisioner:
         if running is None:
             raise ArrieroError(ErrorCode.NOT_FOUND, f"no download has the id {download_id[:40]!r}")
         return running
+
+    def _ticket(self, running: _Running) -> Ticket:
+        holder = self._entropy.hex(_HOLDER_DIGITS)
+        running.job.holders[holder] = None
+        return Ticket(running.job.download_id, holder)
 
     def _leave(self, running: _Running, holder: str | None) -> None:
         holders = running.job.holders

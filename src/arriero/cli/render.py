@@ -126,6 +126,13 @@ def progress_text(done: int, total: int | None, speed_mbps: float, eta_s: float 
     return text
 
 
+def moment_text(unix: float) -> str:
+    """Return a moment for people, in their own time zone; empty for 0, which is never."""
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix)) if unix else ""
+
+
 def mib_text(size_mb: float) -> str:
     """Return a number of MiB for people."""
     return bytes_text(size_mb * 1024 * 1024)
