@@ -11,7 +11,7 @@ import click
 from arriero.cli import model_agent, options, render
 from arriero.cli.narrator import Narrator
 from arriero.cli.signals import terminable
-from arriero.client.api import CheckStream
+
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.records import FoundModel, ModelRecord

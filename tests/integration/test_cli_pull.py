@@ -1,0 +1,162 @@
+"""Does `arriero models pull` bring a model, once, and say what happens meanwhile?  Real programs alone."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import cli
+from tests.support.home import Home, until
+from tests.support.hub import HubProcess
+
+from arriero.testing.gguf_writer import write_llama
+
+# Pools come up and down, more than one in some tests, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(120)
+TOKEN = "hf_notASecret"
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    with Home(engine="fake") as made:
+        yield made
+        made.run("down")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    write_llama(folder / "tiny-Q8_0.gguf")
+    return folder
+
+
+@pytest.fixture
+def big_repo(tmp_path: Path) -> Path:
+    """A model of some 20 MB: at a limited rate it takes long enough to be left in the middle."""
+    folder = tmp_path / "big"
+    folder.mkdir()
+    whole = write_llama(folder / "big-Q8_0.gguf")
+    with whole.open("ab") as file:
+        file.truncate(20_000_000)
+    return folder
+
+
+def downloads(home: Home) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = home.run("downloads", "list", "--json").json["downloads"]
+    return found
+
+
+def in_the_middle(home: Home) -> dict[str, Any]:
+    """Wait until a download has bytes and is not over; return it."""
+
+    def look() -> dict[str, Any] | None:
+        return next(
+            (d for d in downloads(home) if d["state"] == "downloading" and d["bytes_downloaded"]), None
+        )
+
+    return until("a download is under way", look)
+
+
+def test_a_model_is_fetched_told_and_used_without_a_network(home: Home, repo: Path) -> None:
+    with HubProcess(o__r=repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        pulled = home.run("models", "pull", "hf:o/r:Q8_0")
+        assert pulled.code == 0, pulled
+        lines = pulled.err.splitlines()
+        assert any("starting orchestrator and agent" in line for line in lines)
+        assert "[box] hf:o/r:Q8_0 comes from hub" in lines
+        assert any(line.startswith("[checking] 100%") for line in lines)
+        model_id = pulled.out.strip()
+        assert model_id.startswith("m-") and len(model_id) == 14
+
+        again = home.run("models", "pull", "hf:o/r:Q8_0", "--json", "-q")
+        assert (again.code, again.err) == (0, "")
+        assert again.json["model"]["model_id"] == model_id and again.json["source"] == "this machine"
+        # Another name of the same file: linked, not fetched.
+        other = home.run("models", "pull", "hf:o/r/tiny-Q8_0.gguf", "--json").json
+        assert other["source"] == "this machine" and other["model"]["model_id"] != model_id
+
+    answered = home.run("infer", "--model", "hf:o/r:Q8_0", "--max-tokens", "4", "Count.")
+    assert answered.code == 0 and answered.out.strip()
+    (listed,) = [m for m in home.run("models", "list", "--json").json["models"] if m["model_id"] == model_id]
+    assert (listed["times_used"], listed["source"], len(listed["revision"])) == (1, "hub", 40)
+    home.run("down")
+    home.assert_clean()
+
+
+def test_what_cannot_be_had_is_one_clear_error(home: Home, repo: Path) -> None:
+    with HubProcess(f"--gated=o/gated={repo}", f"--token={TOKEN}", o__r=repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        home.up()
+        for ref, code, words in (
+            ("nonsense", "INVALID_MODEL_REFERENCE", "hf:org/repo"),
+            ("hf:o/r:Q5_K_M", "MODEL_NOT_FOUND", "Q8_0"),
+            ("hf:o/nothing", "MODEL_NOT_FOUND", "HF_TOKEN"),
+            ("hf:o/gated", "MODEL_ACCESS_DENIED", "licence"),
+        ):
+            done = home.run("models", "pull", ref)
+            assert (done.code, done.out) == (1, ""), done
+            assert f"error: {code}: " in done.err and words in done.err and "hint: " in done.err
+            told = home.run("models", "pull", ref, "--json")
+            assert told.code == 1 and told.json["error"]["code"] == code
+        assert home.run("models", "pull").code == 2
+
+
+def test_an_interrupted_pull_leaves_the_download_and_the_next_goes_on(home: Home, big_repo: Path) -> None:
+    with HubProcess("--rate=800000", o__r=big_repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        home.up()
+        pull = home.start("models", "pull", "hf:o/r")
+        in_the_middle(home)
+        ended = cli.interrupt(pull)
+        assert (ended.code, ended.out) == (130, "")
+        (left,) = downloads(home)
+        assert left["state"] == "cancelled" and left["bytes_downloaded"] > 0
+
+        kept = home.start("models", "pull", "--keep", "hf:o/r")
+        again = in_the_middle(home)
+        assert again["bytes_downloaded"] >= left["bytes_downloaded"]
+        ended = cli.interrupt(kept)
+        assert ended.code == 130 and "goes on fetching hf:o/r" in ended.err
+        assert (
+            next(d for d in downloads(home) if d["download_id"] == again["download_id"])["state"]
+            == "downloading"
+        )
+        # Who comes now joins it, and the last to leave takes it along.
+        joined = home.start("models", "pull", "-q", "--clean", "hf:o/r")
+        until("it is joined", lambda: downloads(home)[0]["holders"] == 2)
+        joined.send_signal(signal.SIGTERM)
+        assert cli.finish(joined).code == 143
+        assert downloads(home)[0]["state"] == "downloading"
+
+
+def test_twenty_pulls_share_one_download(home: Home, big_repo: Path) -> None:
+    with HubProcess("--rate=5000000", o__r=big_repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        home.up()
+        pulls = [home.start("models", "pull", "--json", "hf:o/r") for _ in range(20)]
+        done = [cli.finish(pull) for pull in pulls]
+    assert [one.code for one in done] == [0] * 20, done
+    assert len({one.json["model"]["model_id"] for one in done}) == 1
+    assert all("[checking] 100%" in one.err for one in done)
+    (download,) = [d for d in downloads(home) if d["source"] == "hub"]
+    assert download["state"] == "complete"
+
+
+def test_a_model_is_copied_from_another_agent(home: Home, repo: Path) -> None:
+    with Home(engine="fake", node_name="attic") as attic:
+        with HubProcess(o__r=repo) as hub:
+            attic.env["HF_ENDPOINT"] = home.env["HF_ENDPOINT"] = hub.url
+            first = attic.run("models", "pull", "hf:o/r:Q8_0", "--json").json
+        # The Hub is gone: only the other agent has it.
+        pulled = home.run("models", "pull", "--from", str(attic.state.home), "hf:o/r:Q8_0", "--json")
+        assert pulled.code == 0, pulled
+        second = pulled.json["model"]
+        assert second["sha256"] == first["model"]["sha256"] and second["files"] == first["model"]["files"]
+        assert second["source"].startswith(("node", "another node"))
+        assert home.run("models", "verify", "--all").code == 0
+        attic.run("down")
+    nobody = home.run("models", "pull", "--from", "/nonexistent", "hf:o/r:Q4_K_M")
+    assert nobody.code == 1 and "error: NOT_RUNNING: " in nobody.err
