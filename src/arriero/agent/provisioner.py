@@ -233,6 +233,7 @@ class ModelProvisioner:
     def _ticket(self, running: _Running) -> Ticket:
         holder = self._entropy.hex(_HOLDER_DIGITS)
         running.job.holders[holder] = None
+        self._on_change(running.job.record())
         return Ticket(running.job.download_id, holder)
 
     def _leave(self, running: _Running, holder: str | None) -> None:
@@ -243,6 +244,7 @@ class ModelProvisioner:
             holders.popitem()
         else:
             holders.pop(holder, None)
+        self._on_change(running.job.record())
         if not holders and running.task is not None:
             # Who comes now begins a new one, behind this one's end.
             running.task.cancel()

@@ -29,6 +29,7 @@ from arriero.contracts.records import (
     WorkerRecord,
 )
 from arriero.contracts.states import NodeState, WorkerState
+from arriero.domain.download_states import DOWNLOADS
 from arriero.domain.node_states import NODES
 from arriero.domain.placement import NodeView, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
@@ -42,6 +43,8 @@ from arriero.runtime.tasks import Changed
 
 #: So many workers that ended are remembered, so that a look-up still tells how.
 ENDED_MAX: Final = 100
+#: So many downloads of a node are remembered, those that run in any case.
+DOWNLOADS_MAX: Final = 200
 
 
 @dataclass(slots=True)
@@ -140,8 +143,9 @@ class NodeRegistry:
         )
 
     def downloads(self) -> list[tuple[Node, DownloadRecord]]:
-        """Return all downloads with their nodes."""
-        return [(node, download) for node in self.nodes() for download in node.downloads.values()]
+        """Return all downloads with their nodes, the newest first."""
+        found = [(node, download) for node in self.nodes() for download in node.downloads.values()]
+        return sorted(found, key=lambda pair: -pair[1].started_unix)
 
     def worker_views(self, in_flight: dict[str, int]) -> list[WorkerView]:
         """Return the workers as a choice sees them; `in_flight` counts what we sent them ourselves."""
@@ -218,6 +222,7 @@ class NodeRegistry:
         elif isinstance(event, DownloadChanged):
             download = _on(node.name, event.download)
             node.downloads[download.download_id] = download
+            _forget_old(node.downloads)
             self._tell(DownloadChanged(download=download))
         elif isinstance(event, AgentBeat):
             free = event.device_free_mb
@@ -284,3 +289,11 @@ class NodeRegistry:
 
 def _on(node: str, download: DownloadRecord) -> DownloadRecord:
     return msgspec.structs.replace(download, node=node)
+
+
+def _forget_old(downloads: dict[str, DownloadRecord]) -> None:
+    """Forget the downloads that ended longest ago, where there are too many."""
+    excess = len(downloads) - DOWNLOADS_MAX
+    ended = [key for key, download in downloads.items() if download.state in DOWNLOADS.final]
+    for key in ended[: max(excess, 0)]:
+        del downloads[key]

@@ -212,7 +212,8 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         started = await o.provisioner.start_download(node, body.model_ref, peers=body.peers, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.
         node.downloads.setdefault(
-            started.download_id, _queued(started.download_id, body.model_ref, node.name)
+            started.download_id,
+            _queued(started.download_id, body.model_ref, node.name, o.clock.wall_s()),
         )
         return DownloadAccepted(
             download_id=started.download_id,
@@ -239,13 +240,14 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [list_downloads, start_download, get_download, leave_download]
 
 
-def _queued(download_id: str, model_ref: str, node: str) -> DownloadRecord:
+def _queued(download_id: str, model_ref: str, node: str, started_unix: float) -> DownloadRecord:
     return DownloadRecord(
         download_id=download_id,
         model_ref=model_ref,
         state=DownloadState.QUEUED,
         bytes_downloaded=0,
         bytes_total=None,
+        started_unix=started_unix,
         node=node,
         holders=1,
     )
