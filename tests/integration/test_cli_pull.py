@@ -132,6 +132,23 @@ def test_an_interrupted_pull_leaves_the_download_and_the_next_goes_on(home: Home
         assert downloads(home)[0]["state"] == "downloading"
 
 
+def test_an_agent_that_was_killed_goes_on_with_its_downloads(home: Home, big_repo: Path) -> None:
+    with HubProcess("--rate=2000000", o__r=big_repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        home.up()
+        pull = home.start("models", "pull", "--json", "hf:o/r")
+        left = in_the_middle(home)
+        home.kill(home.pid("agent"))
+        assert home.run("models", "list").code == 1
+        home.up()
+        done = cli.finish(pull)
+    assert done.code == 0, done
+    assert "no news of the download" in done.err
+    # The same download, seen to its end by the command that began it; nobody asked for it anew.
+    (download,) = downloads(home)
+    assert (download["download_id"], download["state"]) == (left["download_id"], "complete")
+
+
 def test_twenty_pulls_share_one_download(home: Home, big_repo: Path) -> None:
     with HubProcess("--rate=5000000", o__r=big_repo) as hub:
         home.env["HF_ENDPOINT"] = hub.url

@@ -159,6 +159,8 @@ class _Agent:
         """Adopt, serve until `stop`, stop the workers, end."""
         async with self._provisioner:
             await adopt(self._state, self._supervisor, self._http)
+            for model_ref in await self._provisioner.resume():
+                self._log.info("download_resumed", model_ref=model_ref)
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
                 self._group.create_task(self._tidy(), name="tidy"),

@@ -141,6 +141,11 @@ class ModelCatalog:
             raise
         return catalog
 
+    @property
+    def database(self) -> Database:
+        """The agent's database, which keeps the open downloads as well."""
+        return self._database
+
     async def close(self) -> None:
         """Close the database; safe to call twice."""
         await self._database.close()

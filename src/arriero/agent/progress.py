@@ -53,6 +53,7 @@ class Job:
         clock: Clock,
         interval_s: float,
         on_change: Callable[[DownloadRecord], None],
+        started_unix: float,
     ) -> None:
         self.download_id = download_id
         self.model_ref = model_ref
@@ -68,7 +69,7 @@ class Job:
         self._clock = clock
         self._interval_s = interval_s
         self._on_change = on_change
-        self._started_unix = clock.wall_s()
+        self.started_unix = started_unix
         self._told_s = clock.monotonic_s()
         self._bytes = 0
         self._bytes_total: int | None = None
@@ -96,7 +97,7 @@ class Job:
             speed_mbps=self.frame.speed_mbps,
             eta_s=self.frame.eta_s,
             attempt=self._attempt,
-            started_unix=self._started_unix,
+            started_unix=self.started_unix,
             error=self.error.body() if self.error else None,
             holders=len(self.holders),
             source=self.source,

@@ -20,6 +20,7 @@ from arriero.agent.fetch import FetchLimits
 from arriero.agent.files import in_thread
 from arriero.agent.found import Found
 from arriero.agent.obtain import Obtainer, Wishes
+from arriero.agent.open_downloads import OpenDownload, OpenDownloads
 from arriero.agent.progress import Job
 from arriero.contracts import ids, refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -61,6 +62,8 @@ class _Running:
     entry: CatalogEntry | None = None
     #: What was fetched is removed unless it becomes a model.
     is_clean: bool = False
+    #: It is among the open downloads on the disk.
+    is_open: bool = False
 
 
 class ModelProvisioner:
@@ -84,6 +87,7 @@ class ModelProvisioner:
         group: asyncio.TaskGroup | None = None,
     ) -> None:
         self._catalog = catalog
+        self._open = OpenDownloads(catalog.database)
         self._clock = clock
         self._entropy = entropy
         self._inspect = inspect
@@ -150,6 +154,25 @@ class ModelProvisioner:
             await self._session.close()
             await self._http.__aexit__(None, None, None)
         hub.close_connections()
+
+    async def resume(self) -> list[str]:
+        """Go on with the downloads that an agent before us left open; return their references.
+
+        They keep their ids, so whoever followed one comes back to it.  A share in each is ours: it goes
+        on until it ends, or somebody leaves it without naming a share.
+        """
+        resumed = []
+        for left in await self._open.all():
+            try:
+                running = self._start(left.model_ref, Wishes(), left=left)
+            except ArrieroError:
+                # A reference that this release does not take any more.
+                await self._open.remove(left.download_id)
+                continue
+            running.is_clean = left.is_clean
+            self._ticket(running)
+            resumed.append(left.model_ref)
+        return resumed
 
     # --- Asked from outside -------------------------------------------------------------------
 
@@ -249,7 +272,9 @@ class ModelProvisioner:
             # Who comes now begins a new one, behind this one's end.
             running.task.cancel()
 
-    def _start(self, ref: str, wishes: Wishes, seen: Found | None = None) -> _Running:
+    def _start(
+        self, ref: str, wishes: Wishes, seen: Found | None = None, left: OpenDownload | None = None
+    ) -> _Running:
         parsed = refs.parse(ref)
         present = self._by_ref.get(ref)
         if present is not None and present.job.holders:
@@ -257,11 +282,12 @@ class ModelProvisioner:
         if self._is_closed or self._group is None:
             raise ArrieroError(ErrorCode.NOT_RUNNING, "the agent is stopping: no download is begun")
         job = Job(
-            download_id=ids.download_id(self._entropy.hex(12)),
+            download_id=left.download_id if left else ids.download_id(self._entropy.hex(12)),
             model_ref=ref,
             clock=self._clock,
             interval_s=self._limits.fetch.interval_s,
             on_change=self._on_change,
+            started_unix=left.started_unix if left else self._clock.wall_s(),
         )
         running = _Running(job)
         self._all[job.download_id] = self._by_ref[ref] = running
@@ -288,9 +314,15 @@ class ModelProvisioner:
         except ArrieroError as error:
             job.finish(DownloadState.FAILED, error)
         finally:
-            if running.is_clean and job.folder is not None and running.entry is None:
-                folder = job.folder
-                await in_thread(lambda: publish.drop(folder))
+            await self._tidy(running)
+
+    async def _tidy(self, running: _Running) -> None:
+        """Forget a download that has ended, on the disk too where nothing of it is to be kept."""
+        folder = running.job.folder
+        if running.is_clean and folder is not None and running.entry is None:
+            await in_thread(lambda: publish.drop(folder))
+        if running.is_open:
+            await self._open.remove(running.job.download_id)
 
     def _ended(self, running: _Running, task: asyncio.Task[None]) -> None:
         """Note how a task ended; also one that was cancelled before its first step."""
@@ -320,6 +352,9 @@ class ModelProvisioner:
             return await self._obtainer.enter_found(job, seen)
         if isinstance(parsed, refs.DemoRef | refs.FileRef):
             return await self._obtainer.obtain(job, parsed, wishes)
+        running = self._all[job.download_id]
+        running.is_open = True
+        await self._open.add(OpenDownload(job.download_id, job.model_ref, job.started_unix, running.is_clean))
         async with self._places:
             return await self._obtainer.obtain(job, parsed, wishes)
 

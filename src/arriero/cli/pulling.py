@@ -14,8 +14,9 @@ from arriero.contracts.requests import DownloadBody
 from arriero.contracts.states import DownloadState
 
 LEAVE_TIMEOUT_S: Final = 3.0
-#: A stream that breaks is taken up again, behind what was seen, so often without news in between.
-_STREAM_ATTEMPTS: Final = 5
+#: A stream that breaks is taken up again, behind what was seen, for so long without news in between:
+#: an agent that was killed goes on with the download once it is there again.
+_STREAM_PATIENCE_S: Final = 30.0
 _STREAM_PAUSE_S: Final = 0.5
 _BROKEN: Final = frozenset(
     {
@@ -57,22 +58,22 @@ def _follow(
 ) -> DownloadFrame:
     shown = _Shown(started.node, model_ref, narrator)
     seen_id = ""
-    failures = 0
+    news_s = time.monotonic()
     while True:
         stream = None
         try:
             with client.download_progress(started.download_id, last_event_id=seen_id) as stream:
                 for frame in download_frames(stream):
-                    failures = 0
+                    news_s = time.monotonic()
                     shown.take(frame)
             last = shown.last
             if last is not None and last.stage is DownloadState.COMPLETE:
                 return last
             raise ArrieroError(ErrorCode.SSE_CONNECTION_ERROR, "the download's stream ended before its end")
         except ArrieroError as error:
-            if error.code not in _BROKEN or failures + 1 >= _STREAM_ATTEMPTS:
+            if error.code not in _BROKEN or time.monotonic() - news_s > _STREAM_PATIENCE_S:
                 raise
-            failures += 1
+            shown.broke(error)
         if stream is not None:
             seen_id = stream.last_event_id or seen_id
         time.sleep(_STREAM_PAUSE_S)
@@ -86,10 +87,18 @@ class _Shown:
         self._model_ref = model_ref
         self._narrator = narrator
         self._source = ""
+        self._is_broken = False
         self.last: DownloadFrame | None = None
+
+    def broke(self, error: ArrieroError) -> None:
+        """Say, once, that news stopped coming."""
+        if not self._is_broken:
+            self._narrator.say("arriero", f"no news of the download ({error.message}): waiting for it")
+        self._is_broken = True
 
     def take(self, frame: DownloadFrame) -> None:
         """Show one frame."""
+        self._is_broken = False
         last, self.last = self.last, frame
         if frame.source and frame.source != self._source:
             self._source = frame.source

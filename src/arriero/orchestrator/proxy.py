@@ -1,5 +1,7 @@
 """How does any request reach a worker or an agent, wherever it lives?  (`/v1/workers/ID/proxy/…`)"""
 
+from typing import Final
+
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.orchestrator.courier import (
     Counters,
@@ -22,6 +24,9 @@ from arriero.orchestrator.exchange import (
 from arriero.orchestrator.upstream import Address, Connection, Head, Lost, Silent
 from arriero.runtime.asgi import Headers, Receive, Scope, Send
 
+WORKER_CODES: Final = (ErrorCode.HEALTH_CHECK_ERROR, ErrorCode.WORKER_LOST)
+AGENT_CODES: Final = (ErrorCode.NODE_UNREACHABLE, ErrorCode.NODE_UNREACHABLE)
+
 
 class Proxy:
     """Passes any request on to a worker or an agent, and the answer back."""
@@ -33,16 +38,20 @@ class Proxy:
         self._stall_s = silence_limit_s(stall_s)
 
     async def __call__(
-        self, scope: Scope, receive: Receive, send: Send, *, address: Address, target: str, added: Headers
-    ) -> None:
-        """Pass one request on to `address` as `target`; `added` goes onto the answer's headers."""
+        self, scope: Scope, receive: Receive, send: Send, *, address: Address, target: str, added: Headers,
+        codes: tuple[ErrorCode, ErrorCode] = WORKER_CODES,
+    ) -> None:  # fmt: skip
+        """Pass one request on to `address` as `target`; `added` goes onto the answer's headers.
+
+        `codes` name another side that cannot be reached, and one that breaks off.
+        """
         outlet = Outlet(send, scope["path"])
         try:
             body = await read_body(receive)
             exchange = Exchange(receive, remaining_ms(scope))
 
             async def serve() -> None:
-                await self._serve(scope, exchange, outlet, address, target, body, added)
+                await self._serve(scope, exchange, outlet, address, target, body, added, codes)
 
             await self._exchanges.run(exchange, serve)
         except ArrieroError as error:
@@ -50,7 +59,7 @@ class Proxy:
 
     async def _serve(
         self, scope: Scope, exchange: Exchange, outlet: Outlet, address: Address, target: str, body: bytes,
-        added: Headers,
+        added: Headers, codes: tuple[ErrorCode, ErrorCode],
     ) -> None:  # fmt: skip
         headers = hop_headers(exchange, request_id(scope), accept=header(scope, b"accept") or "*/*")
         for name in ("content-type", "last-event-id", "range"):
@@ -70,7 +79,7 @@ class Proxy:
             if outlet.is_started and not outlet.is_stream:
                 # A plain body cannot tell of its own end: the connection closes instead.
                 return
-            code = ErrorCode.HEALTH_CHECK_ERROR if lost.is_unreachable else ErrorCode.WORKER_LOST
+            code = codes[0] if lost.is_unreachable else codes[1]
             raise ArrieroError(code, f"the other side broke off: {lost.why}") from lost
         except Silent as silent:
             raise ArrieroError(ErrorCode.STREAM_STALLED, str(silent), limit_s=silent.silence_s) from silent

@@ -13,6 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.requests import TaskBody
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.exchange import header, read_body, remaining_ms, request_id
+from arriero.orchestrator.proxy import AGENT_CODES
 from arriero.orchestrator.task import Task, events_after, frames
 from arriero.orchestrator.upstream import Address
 from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, send_error
@@ -159,7 +160,9 @@ class Front:
     async def _to_agent(self, scope: Scope, receive: Receive, send: Send, node: str, target: str) -> None:
         address: Address = self._o.registry.reachable(node).address
         added = [(b"x-arriero-node", node.encode())]
-        await self._o.proxy(scope, receive, send, address=address, target=target, added=added)
+        await self._o.proxy(
+            scope, receive, send, address=address, target=target, added=added, codes=AGENT_CODES
+        )
 
 
 def _query(scope: Scope) -> str:
