@@ -4,13 +4,14 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import click
 
 from arriero.cli import model_agent, options, render
 from arriero.cli.narrator import Narrator
 from arriero.cli.signals import terminable
+from arriero.client.models_api import CheckStream
 
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
@@ -18,10 +19,11 @@ from arriero.contracts.records import FoundModel, ModelRecord
 from arriero.contracts.requests import ImportBody, PruneBody, ScanBody
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+T = TypeVar("T")
 _POWERS: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """A number of bytes as people write it: `10G`, `500MiB`, `1.5 TB`; each step is 1024."""
 
     name = "size"
@@ -164,8 +166,10 @@ def import_(*, path: Path, model_ref: str | None, node: str | None, quiet: bool,
         for record in result.imported:
             render.out(f"{record.model_id}  {record.model_ref}  {render.bytes_text(record.size_bytes)}")
         for refused in result.refused:
-            render.note(f"left out: {refused}")
-    return Exit.OK if result.imported else Exit.ERROR
+            render.note(f"left out: {refused.name}: {refused.code}: {refused.why}")
+        for record in result.known:
+            render.note(f"{record.model_ref} is here already")
+    return Exit.ERROR if result.refused else Exit.OK
 
 
 @click.command(
@@ -274,6 +278,19 @@ def restore(*, file: Path, node: str | None, as_json: bool) -> int:
         if not result.restored and not result.left_out:
             render.note("the catalog has all of it already")
     return Exit.OK
+
+
+def _followed(stream: CheckStream[T], narrator: Narrator) -> T:
+    """Show how far work is that reads through files, and return what came of it."""
+    try:
+        with stream:
+            for frame in stream:
+                fraction = frame.bytes_read / frame.bytes_total if frame.bytes_total else None
+                detail = render.progress_text(frame.bytes_read, frame.bytes_total, 0.0, None)
+                narrator.advance("reading", fraction, f"{frame.what}: {detail}")
+            return stream.result()
+    finally:
+        narrator.clear()
 
 
 def _write_whole(file: Path, content: bytes) -> None:
