@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 
 from arriero import demo_model
-from arriero.agent import hub
+from arriero.agent import hub, hub_http
 from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry, ModelCatalog, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import check_room, disk_error, in_thread, sha256_of, sync_folder
@@ -129,7 +129,7 @@ class ModelProvisioner:
             await asyncio.wait(tasks)
         if self._session is not None:
             await self._session.close()
-        hub.close_connections()
+        hub_http.close_connections()
 
     # --- Asked from outside -------------------------------------------------------------------
 
@@ -258,10 +258,10 @@ class ModelProvisioner:
             case refs.HfRef():
                 async with self._places:
                     job.downloading()
-                    remotes = await self._resolve(job, parsed)
-                    return await self._fetch_all(job, remotes, "hf")
+                    model = await self._resolve(job, parsed)
+                    return await self._fetch_all(job, model.files, "hf")
 
-    async def _resolve(self, job: Job, ref: refs.HfRef) -> list[RemoteFile]:
+    async def _resolve(self, job: Job, ref: refs.HfRef) -> hub.HubModel:
         retries = Retries(self._limits.fetch.retry, self._clock, self._entropy)
         return await retries.run(
             lambda: self._hub.resolve(ref, self._clock.wall_s()), job, what=f"looking up {ref.repo}"
