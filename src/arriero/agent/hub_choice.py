@@ -78,14 +78,14 @@ def projector_for(model: HubFile, files: Sequence[HubFile]) -> HubFile | None:
     """
     if not model.path.lower().endswith(".gguf") or _NO_MODEL.search(model.path):
         return None
-    model_folder = _folder_of(model.path)
+    model_folder = folder_of(model.path)
     model_words = _words(model.path)
 
     def rank(file: HubFile) -> tuple[int, int, int, str]:
         quant = quant_of(file.path) or ""
         known = PREFERRED_PROJECTORS
         return (
-            -len(_folder_of(file.path)),
+            -len(folder_of(file.path)),
             len(_words(file.path) - model_words),
             known.index(quant) if quant in known else len(known),
             file.path,
@@ -94,9 +94,15 @@ def projector_for(model: HubFile, files: Sequence[HubFile]) -> HubFile | None:
     beside = [
         file
         for file in files
-        if is_projector(file.path) and model_folder[: len(_folder_of(file.path))] == _folder_of(file.path)
+        if is_projector(file.path) and model_folder[: len(folder_of(file.path))] == folder_of(file.path)
     ]
     return min(beside, key=rank) if beside else None
+
+
+def folder_of(path: str) -> tuple[str, ...]:
+    """Return a file's folders; one for projectors alone does not count, it lies beside the models."""
+    folders = tuple(path.split("/")[:-1])
+    return folders[:-1] if folders and folders[-1].lower() in ("mmproj", "projector") else folders
 
 
 def is_projector(path: str) -> bool:
@@ -161,12 +167,6 @@ def _weight(head: HubFile, by_path: Mapping[str, HubFile]) -> tuple[int, str]:
     parts = [by_path[name] for name in part_names(head.path) if name in by_path]
     # Unknown sizes are taken for large: a known small file is the safer choice.
     return sum(2**62 if part.size_bytes is None else part.size_bytes for part in parts), head.path
-
-
-def _folder_of(path: str) -> list[str]:
-    """Return a file's folders; one for projectors alone does not count, it lies beside the models."""
-    folders = path.split("/")[:-1]
-    return folders[:-1] if folders and folders[-1].lower() in ("mmproj", "projector") else folders
 
 
 def _words(path: str) -> set[str]:
