@@ -1,125 +1,66 @@
-"""Which files of a repository on the Hugging Face Hub does a reference mean, and where are they?"""
+"""Where on the Hugging Face Hub are the files that a reference means?"""
 
 import asyncio
+import itertools
+import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2  # What huggingface_hub speaks HTTP with: its own errors do not cover connections.
 import huggingface_hub
+import huggingface_hub.constants  # Without this it appears only once something else has imported it.
 from huggingface_hub import errors as hub_errors
 
+from arriero.agent import hub_http
 from arriero.agent.fetch import RemoteFile
+from arriero.agent.hub_choice import HubFile, choose, projector_for
 from arriero.agent.retries import AttemptFailed, FailureKind
-from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.refs import HfRef
-from arriero.domain.backoff import retry_after_s
+from arriero.domain.backoff import RETRY_AFTER_MAX_S, retry_after_s
 
-PREFERRED_QUANTS: Final = ("Q4_K_M", "Q8_0")
-_SPLIT: Final = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
-_QUANT_IN_NAME: Final = re.compile(
-    r"(?<![A-Za-z0-9])(UD-)?(I?Q\d+(_[A-Z0-9]+)*|T?Q\d+(_[A-Z0-9]+)*|BF16|F16|F32|FP16|MXFP4(_MOE)?)(?![A-Za-z0-9_])",
-    re.IGNORECASE,
-)
-_SAFE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+-]{0,199}")
-#: Beside the weights there may be files that are GGUF but no model of their own.
-_NO_MODEL: Final = re.compile(r"(^|[/._-])(mmproj|imatrix)", re.IGNORECASE)
+T = TypeVar("T")
+#: A look-up as a whole may take so many times the limit of one of its waits.
+WHOLE_LOOKUP: Final = 6
+#: So many files of a repository are looked at.
+FILES_MAX: Final = 100_000
+PATH_LENGTH_MAX: Final = 400
+SIZE_BYTES_MAX: Final = 2**60
+NAME_LENGTH_MAX: Final = 120
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """One file of a repository."""
-
-    path: str
-    size_bytes: int | None
-    sha256: str | None
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9 ._+-]")
+#: `"api";r=0;t=55`: nothing remains for so many seconds.
+_RATE_LIMIT: Final = re.compile(r"r=0;\s*t=(\d{1,9})")
+_SUFFIXES: Final = (".gguf", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """The files of a reference, and the commit they are of."""
+    """The files of one model, pinned to a commit."""
 
+    #: The one to load first comes first, a projector last.
     files: list[RemoteFile]
-    revision: str = ""
-    projector: str = ""
+    #: The commit; empty where the Hub does not tell.
+    revision: str
+    #: Name of the multimodal projector among the files; empty if there is none.
+    projector: str
+    #: What the repository is called now: not as in the reference where it was renamed.
+    repo: str
 
 
-def quant_of(path: str) -> str | None:
-    """Return the quantisation that a file's name tells, upper case."""
-    found = list(_QUANT_IN_NAME.finditer(path.rsplit("/", 1)[-1])) or list(_QUANT_IN_NAME.finditer(path))
-    return found[-1][0].upper() if found else None
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What there is to show to the Hub; `note` says why there is nothing, though there should be."""
 
-
-def choose(ref: HfRef, files: Sequence[HubFile]) -> list[HubFile]:
-    """Return the files that `ref` means, the first to load first: all parts where a model is split.
-
-    Without a path or a quantisation: Q4_K_M, else Q8_0, else the smallest.  Raises MODEL_NOT_FOUND
-    (details: `available`) if there is none or a part is missing.
-    """
-    if ref.path is not None:
-        exact = [file for file in files if file.path == ref.path]
-        if not exact:
-            _not_there(ref, files, f"has no file {ref.path}")
-        return _with_parts(ref, exact[0], files)
-    models = [f for f in files if f.path.lower().endswith(".gguf") and not _NO_MODEL.search(f.path)]
-    heads = [file for file in models if _is_head(file)]
-    if ref.quant is not None:
-        found = _matching(ref.quant, heads)
-        if not found:
-            _not_there(ref, files, f"has no quantisation {ref.quant}")
-        return _with_parts(ref, found[0], files)
-    if not heads:
-        _not_there(ref, files, "has no GGUF file")
-    for quant in PREFERRED_QUANTS:
-        if found := _matching(quant, heads):
-            return _with_parts(ref, found[0], files)
-    smallest = min(heads, key=lambda head: (_total(_with_parts(ref, head, files)), head.path))
-    return _with_parts(ref, smallest, files)
-
-
-def quants_available(files: Sequence[HubFile]) -> list[str]:
-    """Return the quantisations there are, or the names of files that tell none."""
-    models = [f for f in files if f.path.lower().endswith(".gguf") and not _NO_MODEL.search(f.path)]
-    return sorted({quant_of(file.path) or file.path for file in models if _is_head(file)})
-
-
-def _matching(quant: str, heads: Sequence[HubFile]) -> list[HubFile]:
-    """Return files whose path holds `quant` as a word of its own; the shortest name first."""
-    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    found = [head for head in heads if word.search(head.path.rsplit("/", 1)[-1])]
-    found = found or [head for head in heads if word.search(head.path)]
-    return sorted(found, key=lambda head: (len(head.path), head.path))
-
-
-def _is_head(file: HubFile) -> bool:
-    match = _SPLIT.fullmatch(file.path)
-    return match is None or int(match["part"]) == 1
-
-
-def _with_parts(ref: HfRef, head: HubFile, files: Sequence[HubFile]) -> list[HubFile]:
-    match = _SPLIT.fullmatch(head.path)
-    if match is None:
-        return [head]
-    by_path = {file.path: file for file in files}
-    count = int(match["parts"])
-    names = [f"{match['stem']}-{part:05d}-of-{count:05d}.gguf" for part in range(1, min(count, 1000) + 1)]
-    missing = [name for name in names if name not in by_path]
-    if missing or not names:
-        _not_there(ref, files, f"lacks {len(missing)} of the {count} parts of {head.path}")
-    return [by_path[name] for name in names]
-
-
-def _total(files: Sequence[HubFile]) -> int:
-    # Unknown sizes are taken for large: a known small file is the safer choice.
-    return sum(2**62 if file.size_bytes is None else file.size_bytes for file in files)
-
-
-def _not_there(ref: HfRef, files: Sequence[HubFile], why: str) -> NoReturn:
-    available = quants_available(files)
-    there = f"it has {', '.join(available[:40])}" if available else "it holds no GGUF file at all"
-    fail(ErrorCode.MODEL_NOT_FOUND, f"{ref.repo} {why}; {there}", available=available[:100])
+    text: str | None
+    name: str = ""
+    note: str = ""
 
 
 class Hub:
@@ -138,89 +79,271 @@ class Hub:
         Raises MODEL_NOT_FOUND, MODEL_ACCESS_DENIED, and AttemptFailed for what may pass.
         """
         # A thread that waits for the Hub is not waited for when its download is cancelled: it ends
-        # by its own time limit and touches nothing of ours.
-        return await asyncio.to_thread(self._resolve, ref, now_unix)
+        # with the next byte or by its own time limit, and touches nothing of ours.
+        given_up = threading.Event()
+        hub_http.GIVEN_UP.set(given_up)
+        try:
+            async with asyncio.timeout(WHOLE_LOOKUP * self._timeout_s):
+                return await asyncio.to_thread(self._resolve, ref, now_unix)
+        except TimeoutError as error:
+            raise AttemptFailed(
+                f"the Hub did not end its answer within {WHOLE_LOOKUP * self._timeout_s:g} s",
+                FailureKind.STALLED,
+            ) from error
+        finally:
+            given_up.set()
 
     def _resolve(self, ref: HfRef, now_unix: float) -> HubModel:
+        token = _token()
+        asked = _Asked(ref, token, self._page(ref.repo), self._timeout_s, now_unix)
         api = huggingface_hub.HfApi(endpoint=self._endpoint)
-        try:
-            answer = api.model_info(
-                ref.repo, revision=ref.revision, files_metadata=True, timeout=self._timeout_s
+        answer = asked.call(
+            lambda: api.model_info(
+                ref.repo,
+                revision=ref.revision,
+                files_metadata=True,
+                timeout=self._timeout_s,
+                token=token.text or False,
             )
+        )
+        repo = answer.id if isinstance(answer.id, str) and _REPO.fullmatch(answer.id) else ref.repo
+        commit = _commit(answer.sha)
+        files = _files(answer.siblings or [])
+        now = HfRef(repo, ref.quant, ref.path, ref.revision)
+        chosen = choose(now, files)
+        projector = projector_for(chosen[0], files)
+        if projector is not None:
+            chosen.append(projector)
+        names = local_names([file.path for file in chosen])
+        urls = [self._url(repo, file.path, commit or ref.revision) for file in chosen]
+        if answer.gated:
+            asked.look_at(urls[0], self._page(repo))
+        return HubModel(
+            files=[
+                RemoteFile(name, url, file.size_bytes, file.sha256, token.text)
+                for name, url, file in zip(names, urls, chosen, strict=True)
+            ],
+            revision=commit,
+            projector=names[-1] if projector is not None else "",
+            repo=repo,
+        )
+
+    def _url(self, repo: str, path: str, revision: str | None) -> str:
+        return huggingface_hub.hf_hub_url(repo, path, revision=revision, endpoint=self._endpoint)
+
+    def _page(self, repo: str) -> str:
+        """Return the address of a repository's page, without what the endpoint holds of credentials."""
+        split = urlsplit(self._endpoint or huggingface_hub.constants.ENDPOINT)
+        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}/{repo}"
+
+
+def local_names(paths: Sequence[str]) -> list[str]:
+    """Return a file name for each path of a repository, all different, also where case is ignored.
+
+    The parts of a split model keep what tells them apart, and their common beginning.
+    """
+    names: list[str] = []
+    for path in paths:
+        taken = {name.casefold() for name in names}
+        whole = _cleaned(path.replace("/", "_"))
+        numbered = (f"{number}-{whole}" for number in itertools.count(2))
+        candidates = itertools.chain([_cleaned(path.rsplit("/", 1)[-1]), whole], numbered)
+        names.append(next(name for name in candidates if name.casefold() not in taken))
+    return names
+
+
+def _cleaned(name: str) -> str:
+    suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), "")
+    stem = _UNSAFE.sub("_", name[: len(name) - len(suffix)]).lstrip("._- ")
+    kept = stem if len(stem) <= NAME_LENGTH_MAX else stem[-NAME_LENGTH_MAX:].lstrip("._- ")
+    return (kept or "model") + name[len(name) - len(suffix) :]
+
+
+# --- What the Hub answers --------------------------------------------------------------------
+
+
+def _files(siblings: Sequence[Any]) -> list[HubFile]:
+    """Return the files that a look-up lists, without those that nobody could mean to offer."""
+    found: dict[str, HubFile] = {}
+    for entry in itertools.islice(siblings, FILES_MAX):
+        path = entry.rfilename
+        if not _is_path(path) or path in found:
+            continue
+        size = entry.size if entry.size is not None else getattr(entry.lfs, "size", None)
+        found[path] = HubFile(path, _size(size), _sha256(getattr(entry.lfs, "sha256", None)))
+    return list(found.values())
+
+
+def _is_path(path: object) -> bool:
+    return (
+        isinstance(path, str)
+        and 0 < len(path) <= PATH_LENGTH_MAX
+        and path.isprintable()
+        and "\\" not in path
+        and not {"", ".", ".."} & set(path.split("/"))
+    )
+
+
+def _size(size: object) -> int | None:
+    """Return a size if it can be one: what else is told counts as not told."""
+    return size if type(size) is int and 0 <= size <= SIZE_BYTES_MAX else None
+
+
+def _sha256(text: object) -> str | None:
+    return text if isinstance(text, str) and _SHA256.fullmatch(text) else None
+
+
+def _commit(sha: object) -> str:
+    return sha if isinstance(sha, str) and _COMMIT.fullmatch(sha) else ""
+
+
+def _token() -> _Token:
+    """Return the token of the environment or of the login.  One that cannot be used is none, with a note."""
+    if huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return _Token(None, note="HF_HUB_DISABLE_IMPLICIT_TOKEN is set")
+    is_given = bool(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"))
+    name = "HF_TOKEN" if is_given else "the token of `hf auth login`"
+    try:
+        text = huggingface_hub.get_token()
+    except (OSError, ValueError, hub_errors.OIDCError, httpx2.HTTPError) as error:
+        return _Token(None, name, f"{name} cannot be read ({type(error).__name__})")
+    if text and not (text.isascii() and text.isprintable() and " " not in text):
+        return _Token(None, name, f"{name} holds characters that no token has")
+    return _Token(text or None, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One look-up: turns what goes wrong into what is told of it."""
+
+    ref: HfRef
+    token: _Token
+    page: str
+    timeout_s: float
+    now_unix: float
+
+    def call(self, ask: Callable[[], T]) -> T:
+        """Return what `ask` returns.  Raises ArrieroError, and AttemptFailed for what may pass."""
+        repo = self.ref.repo
+        try:
+            hub_http.bound_client()
+            return ask()
         except hub_errors.OfflineModeIsEnabled as error:
             raise ArrieroError(
-                ErrorCode.DOWNLOAD_FAILED, f"{ref.repo} cannot be looked up: HF_HUB_OFFLINE is set"
-            ) from error
+                ErrorCode.DOWNLOAD_FAILED, f"{repo} cannot be looked up: HF_HUB_OFFLINE is set",
+                suggested_action="Unset HF_HUB_OFFLINE, or use a model of `arriero models list`.",
+            ) from error  # fmt: skip
         except hub_errors.HfHubHTTPError as error:
-            _raise_status(ref, error, now_unix)
+            self._raise_status(error)
         except hub_errors.HFValidationError as error:
             raise ArrieroError(
-                ErrorCode.INVALID_MODEL_REFERENCE, f"{ref.repo} is no name of a repository"
+                ErrorCode.INVALID_MODEL_REFERENCE, f"{repo} is no name of a repository"
             ) from error
         except httpx2.TimeoutException as error:
             raise AttemptFailed(
-                f"the Hub did not answer within {self._timeout_s:g} s", FailureKind.STALLED
+                f"the Hub did not answer within {self.timeout_s:g} s", FailureKind.STALLED
+            ) from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise ArrieroError(
+                ErrorCode.DOWNLOAD_FAILED, f"{repo} cannot be looked up: HF_ENDPOINT is no address"
             ) from error
         except httpx2.HTTPError as error:
             raise AttemptFailed(f"the Hub cannot be reached ({type(error).__name__})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except hub_http.AnswerRefused as error:
+            raise AttemptFailed(f"the Hub's answer is refused: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AttemptFailed("the Hub's answer makes no sense") from error
-        files = [
-            HubFile(entry.rfilename, entry.size, _sha256(entry.lfs.sha256 if entry.lfs else None))
-            for entry in answer.siblings or []
-        ]
-        revision = answer.sha or ref.revision
-        token = huggingface_hub.get_token()
-        return HubModel(
-            [self._remote(ref, file, revision, token) for file in choose(ref, files)], revision or ""
-        )
+        except OSError as error:
+            raise AttemptFailed(
+                f"the Hub cannot be asked: {error.strerror or type(error).__name__}"
+            ) from error
 
-    def _remote(self, ref: HfRef, file: HubFile, revision: str | None, token: str | None) -> RemoteFile:
-        name = file.path.rsplit("/", 1)[-1]
-        if not _SAFE_NAME.fullmatch(name) or not name.lower().endswith(".gguf"):
-            fail(ErrorCode.MODEL_NOT_FOUND, f"{ref.repo}: {name[:80]!r} is no GGUF file this version can run")
-        url = huggingface_hub.hf_hub_url(ref.repo, file.path, revision=revision, endpoint=self._endpoint)
-        return RemoteFile(name, url, file.size_bytes, file.sha256, token)
+    def look_at(self, url: str, page: str) -> None:
+        """Raise MODEL_ACCESS_DENIED if a file may not be fetched: anybody may look up a gated repository."""
+        try:
+            huggingface_hub.get_hf_file_metadata(url, token=self.token.text or False, timeout=self.timeout_s)
+        except hub_errors.GatedRepoError as error:
+            self._raise_gated(error, page)
+        except (hub_errors.HfHubHTTPError, httpx2.HTTPError, OSError, ValueError):
+            return  # Whatever it is, the fetch will meet it, with its attempts.
 
+    def _raise_status(self, error: hub_errors.HfHubHTTPError) -> NoReturn:
+        status, headers = error.response.status_code, error.response.headers
+        if isinstance(error, hub_errors.GatedRepoError):
+            self._raise_gated(error, self.page)
+        if isinstance(error, hub_errors.RevisionNotFoundError):
+            raise ArrieroError(
+                ErrorCode.MODEL_NOT_FOUND,
+                f"{self.ref.repo} has no revision {self.ref.revision or 'main'}",
+                status=status,
+                suggested_action=f"Its revisions are on {self.page}.",
+            ) from error
+        if status in (404, 410) or headers.get("X-Error-Code") == "RepoNotFound":
+            self._raise_missing(error, ErrorCode.MODEL_NOT_FOUND)
+        if status == 401 and self.token.text is None:
+            self._raise_missing(error, ErrorCode.MODEL_ACCESS_DENIED)
+        if status in (401, 403):
+            self._raise_denied(error)
+        if status == 429 or status >= 500 or status == 408:
+            raise AttemptFailed(
+                f"the Hub answered {status}", retry_after_s=_wait_s(headers, self.now_unix)
+            ) from error
+        raise ArrieroError(
+            ErrorCode.DOWNLOAD_FAILED, f"the Hub answered {status} for {self.ref.repo}", status=status
+        ) from error
 
-def close_connections() -> None:
-    """Close what huggingface_hub keeps open between calls."""
-    huggingface_hub.close_session()
+    def _raise_missing(self, error: hub_errors.HfHubHTTPError, code: ErrorCode) -> NoReturn:
+        """It does not exist, or it is private: the Hub does not tell which."""
+        if self.token.text is None:
+            how = f"; {self.token.note}" if self.token.note else ""
+            hint = f"it is misspelt, or private and needs HF_TOKEN (or `hf auth login`){how}"
+        else:
+            hint = f"it is misspelt, or private and {self.token.name} may not see it"
+        raise ArrieroError(
+            code,
+            f"the Hub has no {self.ref.repo} that it shows: {hint}",
+            status=error.response.status_code,
+            suggested_action="Check the spelling; for a private repository set HF_TOKEN of an account "
+            "that may read it, or run `hf auth login`.",
+        ) from error
 
-
-def _sha256(text: str | None) -> str | None:
-    return text if text is not None and _SHA256.fullmatch(text) else None
-
-
-def _raise_status(ref: HfRef, error: hub_errors.HfHubHTTPError, now_unix: float) -> NoReturn:
-    status = error.response.status_code
-    reason = error.response.headers.get("X-Error-Code", "")
-    revision = f" at revision {ref.revision}" if ref.revision else ""
-    if isinstance(error, hub_errors.GatedRepoError):
+    def _raise_gated(self, error: hub_errors.HfHubHTTPError, page: str) -> NoReturn:
+        if self.token.text is None:
+            note = f" ({self.token.note})" if self.token.note else ""
+            why = f"accept its licence on {page}, then set HF_TOKEN (or `hf auth login`){note}"
+        else:
+            why = f"the account of {self.token.name} has not been let in: accept its licence on {page}"
         raise ArrieroError(
             ErrorCode.MODEL_ACCESS_DENIED,
-            f"{ref.repo} is gated: accept its licence on its page, then set HF_TOKEN (or `hf auth login`)",
-            status=status,
+            f"{self.ref.repo} is gated: {why}",
+            status=error.response.status_code,
+            suggested_action=f"Accept the licence on {page} (its authors may have to agree), "
+            "and set HF_TOKEN of the same account.",
         ) from error
-    if (
-        isinstance(error, hub_errors.RevisionNotFoundError)
-        or status in (404, 410)
-        or reason == "RepoNotFound"
-    ):
-        raise ArrieroError(
-            ErrorCode.MODEL_NOT_FOUND,
-            f"the Hub has no {ref.repo}{revision}; a private one needs HF_TOKEN (or `hf auth login`)",
-            status=status,
-        ) from error
-    if status in (401, 403):
+
+    def _raise_denied(self, error: hub_errors.HfHubHTTPError) -> NoReturn:
+        if isinstance(error, hub_errors.DisabledRepoError):
+            why, advice = "the Hub has disabled it", "Look for another repository with this model."
+        elif error.response.status_code == 401:
+            why = f"{self.token.name} is not valid, or no longer"
+            advice = (
+                f"Set HF_TOKEN to a valid token or unset it, or run `hf auth login`; then try {self.page}."
+            )
+        else:
+            why = f"{self.token.name or 'no token'} does not give the right to it"
+            advice = f"Set HF_TOKEN of an account that may read {self.page}."
         raise ArrieroError(
             ErrorCode.MODEL_ACCESS_DENIED,
-            f"the Hub refuses access to {ref.repo}: set a valid HF_TOKEN (or `hf auth login`)",
-            status=status,
+            f"the Hub refuses access to {self.ref.repo}: {why}",
+            status=error.response.status_code,
+            suggested_action=advice,
         ) from error
-    if status == 429 or status >= 500 or status == 408:
-        wait_s = retry_after_s(error.response.headers.get("Retry-After"), now_unix)
-        raise AttemptFailed(f"the Hub answered {status}", retry_after_s=wait_s) from error
-    raise ArrieroError(
-        ErrorCode.DOWNLOAD_FAILED, f"the Hub answered {status} for {ref.repo}", status=status
-    ) from error
+
+
+def _wait_s(headers: httpx2.Headers, now_unix: float) -> float | None:
+    """Return how long the Hub asks to wait: by the usual header, or by that of its rate limit."""
+    told = retry_after_s(headers.get("Retry-After"), now_unix)
+    if told is not None:
+        return told
+    match = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    return min(float(match[1]), RETRY_AFTER_MAX_S) if match else None

@@ -15,7 +15,7 @@ from typing import Final
 import aiohttp
 
 from arriero import demo_model
-from arriero.agent import found, hub, peers, publish
+from arriero.agent import found, found_files, hub, peers, publish
 from arriero.agent.catalog import CatalogEntry, ModelCatalog, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import check_room, disk_error, in_thread, sha256_of
@@ -32,8 +32,8 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
 
-#: A peer that has not told its models by then is asked no more.
-PEER_TIMEOUT_S: Final = 5.0
+#: With these nothing is known of the reference; without a network it may still be here.
+_UNREACHABLE: Final = frozenset({ErrorCode.DOWNLOAD_FAILED, ErrorCode.DOWNLOAD_TIMEOUT})
 #: With these the next source may still have the model.
 _ELSEWHERE: Final = frozenset(
     {
@@ -108,28 +108,69 @@ class Obtainer:
                 return await self._register(job, [path], "file", "file")
             case refs.HttpsRef():
                 job.downloading()
-                for origin in await self._offered(wishes, "https", job.model_ref, []):
-                    if (entry := await self._try(job, origin)) is not None:
-                        return entry
-                return await self._from(job, Origin([remote_file(parsed)], "https", "https"))
+                return await self._from_anywhere(job, wishes, Origin([remote_file(parsed)], "https", "https"))
             case refs.HfRef():
                 job.downloading()
                 return await self._from_hub(job, parsed, wishes)
 
     async def _from_hub(self, job: Job, ref: refs.HfRef, wishes: Wishes) -> CatalogEntry:
-        for origin in await self._offered(wishes, "hf", job.model_ref, []):
-            if (entry := await self._try(job, origin)) is not None:
-                return entry
-        origin = await self._resolved(job, ref)
+        if (entry := await self._from_peers(job, wishes, "hf", model_ref=job.model_ref)) is not None:
+            return entry
+        try:
+            origin = await self._resolved(job, ref)
+        except ArrieroError as error:
+            if error.code not in _UNREACHABLE:
+                raise
+            # Without a network the Hugging Face cache says which file a reference means.
+            seen = await in_thread(lambda: found.by_name(os.environ, Path.home(), ref))
+            if seen is None:
+                raise
+            return await self.enter_found(job, seen)
+        return await self._from_anywhere(job, wishes, origin)
+
+    async def _from_anywhere(self, job: Job, wishes: Wishes, origin: Origin) -> CatalogEntry:
+        """Return the entry as any peer has it, else from `origin`."""
+        # Without checksums a peer is asked by the reference; with them, also for another reference.
         if origin.sha256s:
-            # Another reference of theirs may have led to the same files.
-            for offered in await self._offered(wishes, "hf", None, origin.sha256s):
-                theirs = Origin(
-                    offered.files, "hf", offered.source, revision=origin.revision, projector=origin.projector
-                )
-                if (entry := await self._try(job, theirs)) is not None:
-                    return entry
-        return await self._from(job, origin)
+            entry = await self._from_peers(
+                job, wishes, origin.provider, wanted=origin.files,
+                revision=origin.revision, projector=origin.projector,
+            )  # fmt: skip
+        else:
+            entry = await self._from_peers(job, wishes, origin.provider, model_ref=job.model_ref)
+        return entry or await self._from(job, origin)
+
+    async def _from_peers(
+        self, job: Job, wishes: Wishes, provider: str, *, model_ref: str | None = None,
+        wanted: Sequence[RemoteFile] = (), revision: str = "", projector: str = "",
+    ) -> CatalogEntry | None:  # fmt: skip
+        """Return the entry as a peer has it; None where none has it, or all fail."""
+        if not wishes.peers:
+            return None
+        offers = await peers.offers(
+            wishes.peers,
+            model_ref,
+            [file.sha256 for file in wanted if file.sha256 is not None],
+            http=self._http,
+            names=[file.name for file in wanted],
+            on_silent=lambda sentence: job.waiting(sentence, 0.0),
+        )
+        for offer in offers:
+            origin = Origin(
+                offer.files,
+                provider,
+                f"node {offer.node}" if offer.node else "another node",
+                revision=revision or offer.revision,
+                projector=projector or offer.projector,
+            )
+            try:
+                return await self._from(job, origin)
+            except ArrieroError as error:
+                if error.code not in _ELSEWHERE:
+                    raise
+                job.waiting(f"{origin.source}: {error.message}", 0.0)
+                job.downloading()
+        return None
 
     async def _resolved(self, job: Job, ref: refs.HfRef) -> Origin:
         retries = Retries(self._limits.retry, self._clock, self._entropy)
@@ -137,36 +178,6 @@ class Obtainer:
             lambda: self._hub.resolve(ref, self._clock.wall_s()), job, what=f"looking up {ref.repo}"
         )
         return Origin(model.files, "hf", "hub", revision=model.revision, projector=model.projector)
-
-    async def _offered(
-        self, wishes: Wishes, provider: str, model_ref: str | None, sha256s: Sequence[str]
-    ) -> list[Origin]:
-        if not wishes.peers:
-            return []
-        offers = await peers.offers(
-            wishes.peers, model_ref, sha256s, http=self._http, timeout_s=PEER_TIMEOUT_S
-        )
-        return [
-            Origin(
-                offer.files,
-                provider,
-                f"node {offer.node}" if offer.node else "another node",
-                revision=offer.revision,
-                projector=offer.projector,
-            )
-            for offer in offers
-        ]
-
-    async def _try(self, job: Job, origin: Origin) -> CatalogEntry | None:
-        """Return the entry as `origin` gives it, None where another source may still."""
-        try:
-            return await self._from(job, origin)
-        except ArrieroError as error:
-            if error.code not in _ELSEWHERE:
-                raise
-            job.waiting(f"{origin.source}: {error.message}", 0.0)
-            job.downloading()
-            return None
 
     async def _from(self, job: Job, origin: Origin) -> CatalogEntry:
         content = ",".join(origin.sha256s) or job.model_ref
@@ -243,7 +254,7 @@ class Obtainer:
             return None
         try:
             return await self._register(
-                job, seen.paths, origin.provider, seen.source, expected=origin.sha256s,
+                job, seen.paths, origin.provider, _described(seen), expected=origin.sha256s,
                 revision=origin.revision, projector=origin.projector,
             )  # fmt: skip
         except ArrieroError as error:
@@ -252,12 +263,13 @@ class Obtainer:
             job.downloading()
             return None
 
-    async def enter_found(self, job: Job, seen: found.Found) -> CatalogEntry:
+    async def enter_found(self, job: Job, seen: found_files.Found) -> CatalogEntry:
         """Enter a model that a scan found, where it lies."""
         provider = "hf" if seen.model_ref.startswith("hf:") else "file"
         return await self._register(
-            job, seen.paths, provider, seen.source, expected=seen.sha256s, revision=seen.revision
-        )
+            job, seen.paths, provider, _described(seen), expected=seen.sha256s,
+            revision=seen.revision, projector=seen.projector,
+        )  # fmt: skip
 
     async def _register(
         self, job: Job, paths: Sequence[Path], provider: str, source: str, *,
@@ -390,3 +402,8 @@ class _PartWatch:
 
 def _demo() -> tuple[Path, str]:
     return demo_model.path().resolve(), demo_model.SHA256
+
+
+def _described(seen: found_files.Found) -> str:
+    """Return where a model was found, for people: "ollama llama3.2:3b"."""
+    return f"{seen.source} {seen.name}"

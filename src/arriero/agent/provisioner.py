@@ -14,11 +14,11 @@ from typing import Final, Self
 
 import aiohttp
 
-from arriero.agent import hub, publish
+from arriero.agent import hub_http, publish
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
 from arriero.agent.fetch import FetchLimits
 from arriero.agent.files import in_thread
-from arriero.agent.found import Found
+from arriero.agent.found_files import Found
 from arriero.agent.obtain import Obtainer, Wishes
 from arriero.agent.open_downloads import OpenDownload, OpenDownloads
 from arriero.agent.progress import Job
@@ -153,7 +153,7 @@ class ModelProvisioner:
         if self._session is not None:
             await self._session.close()
             await self._http.__aexit__(None, None, None)
-        hub.close_connections()
+        hub_http.close_connections()
 
     async def resume(self) -> list[str]:
         """Go on with the downloads that an agent before us left open; return their references.

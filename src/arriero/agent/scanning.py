@@ -7,7 +7,7 @@ from pathlib import Path
 from arriero.agent import found
 from arriero.agent.catalog import ModelCatalog
 from arriero.agent.files import in_thread
-from arriero.agent.found import Found
+from arriero.agent.found_files import Found
 from arriero.agent.provisioner import ModelProvisioner
 from arriero.contracts.errors import ArrieroError
 from arriero.contracts.records import FoundList, FoundModel
