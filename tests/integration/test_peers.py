@@ -1,0 +1,151 @@
+"""Does a model come from another agent of the pool, and is it clean when that one dies?
+
+Method: real agents in processes of their own, the real fetcher.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import pytest
+from tests.integration.model_files import kit_in, sha256, small_limits
+
+from arriero.agent.fetch import Fetcher
+from arriero.agent.files import in_thread
+from arriero.agent.peers import ANSWER_BYTES_MAX, PeerOffer, offers
+from arriero.client.api import download_frames
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.records import ModelRecord
+from arriero.contracts.requests import PeerSource
+from arriero.engines import gguf as gguf_format
+from arriero.runtime.clock import SystemClock
+from arriero.runtime.entropy import SeededEntropy
+from arriero.runtime.http import Http
+from arriero.testing.agents import AgentProcess
+from arriero.testing.fault_server import Answer, FaultServer
+from arriero.testing.gguf_writer import LlamaShape, write_llama
+
+
+def _pull(agent: AgentProcess, ref: str) -> ModelRecord:
+    client = agent.client
+    with client.download_progress(client.start_download(ref).download_id) as stream:
+        assert list(download_frames(stream))[-1].stage == "complete"
+    (record,) = [model for model in client.models() if model.model_ref == ref]
+    return record
+
+
+def _source(agent: AgentProcess, node: str = "attic") -> PeerSource:
+    assert agent.run is not None
+    return PeerSource(url=agent.run.url, token=agent.run.token, node=node)
+
+
+async def test_a_model_comes_from_the_agent_that_has_it(tmp_path: Path) -> None:
+    content = write_llama(tmp_path / "m.gguf").read_bytes()
+    silent: list[str] = []
+    async with FaultServer(content) as server, Http() as http:
+        ref = f"{server.url}/m.gguf"
+        with AgentProcess(tmp_path / "one") as one, AgentProcess(tmp_path / "two") as two:
+            await in_thread(lambda: _pull(one, ref))
+            asked = len(server.requests)
+            peers = [
+                PeerSource(url="http://127.0.0.1:1", token="secret", node="gone"),
+                _source(two, "empty"),
+                _source(one),
+                PeerSource(url=_source(one).url, token="wrong", node="stranger"),
+                PeerSource(url="ftp://user:secret@host/", node=""),
+            ]
+            for found in (
+                await offers(peers, ref, [], http=http, on_silent=silent.append),
+                await offers(peers, None, [sha256(content)], http=http, names=["m.gguf"]),
+            ):
+                (offer,) = found
+                assert (offer.node, [file.name for file in offer.files]) == ("attic", ["m.gguf"])
+            async with kit_in(tmp_path / "here", inspect=gguf_format.inspect) as kit:
+                path = await _fetched(kit.models_dir, offer)
+                assert path.read_bytes() == content and len(server.requests) == asked
+    assert [reason.split(" ")[0] for reason in silent] == ["gone", "stranger", "host"]
+    assert "status 401" in silent[1] and "secret" not in "".join(silent)
+
+
+async def test_a_file_of_another_machine_is_not_meant_by_the_same_path(tmp_path: Path) -> None:
+    write_llama(tmp_path / "m.gguf")
+    with AgentProcess(tmp_path / "one") as one:
+        record = await in_thread(lambda: _pull(one, f"file://{tmp_path}/m.gguf"))
+        async with Http() as http:
+            assert await offers([_source(one)], record.model_ref, [], http=http) == []
+            (offer,) = await offers([_source(one)], None, [record.sha256], http=http)
+            assert offer.files[0].size_bytes == record.size_bytes
+
+
+async def test_a_peer_that_dies_in_the_middle_is_a_clean_failure(tmp_path: Path) -> None:
+    large = LlamaShape(layers=4, embedding=1024, heads=16, heads_kv=4, feed_forward=3072)
+    path = await in_thread(lambda: write_llama(tmp_path / "m.gguf", large))
+    with AgentProcess(tmp_path / "one") as one:
+        record = await in_thread(lambda: _pull(one, f"file://{path}"))
+        async with Http() as http:
+            (offer,) = await offers([_source(one)], None, [record.sha256], http=http)
+        folder = tmp_path / "here"
+        with pytest.raises(ArrieroError) as failed:
+            await _fetched(folder, offer, on_bytes=one.kill)
+        assert failed.value.code is ErrorCode.DOWNLOAD_FAILED
+        assert failed.value.details["attempts"] and str(_source(one).token) not in str(failed.value.details)
+        assert not (folder / "m.gguf").exists()
+
+
+async def _fetched(folder: Path, offer: PeerOffer, on_bytes: Callable[[], None] = lambda: None) -> Path:
+    """Fetch the one file of an offer with the real fetcher; `on_bytes` is called once bytes have come."""
+    await in_thread(lambda: folder.mkdir(parents=True, exist_ok=True))
+    (remote,) = offer.files
+    async with _fetcher() as fetcher:
+        return (await fetcher.fetch(remote, folder, _Watch(on_bytes))).path
+
+
+@contextlib.asynccontextmanager
+async def _fetcher() -> AsyncGenerator[Fetcher, None]:
+    limits = small_limits(progress_bytes=2**40, stall_s=10.0).fetch
+    async with Http() as http:
+        yield Fetcher(http.session, SystemClock(), SeededEntropy(7), limits)
+
+
+class _Watch:
+    def __init__(self, on_bytes: Callable[[], None]) -> None:
+        self._on_bytes = on_bytes
+        self._has_begun = False
+
+    def attempting(self, attempt: int) -> None: ...
+
+    def waiting(self, reason: str, delay_s: float) -> None: ...
+
+    def downloading(self) -> None: ...
+
+    def verifying(self) -> None: ...
+
+    def advance(self, downloaded_bytes: int, total_bytes: int | None) -> None:
+        if downloaded_bytes > 0 and not self._has_begun:
+            self._has_begun = True
+            self._on_bytes()
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (Answer(is_mute=True), "did not answer within"),
+        (Answer(stall_after=3), "did not answer within"),
+        (Answer(cut_after=3), "is not reachable"),
+        (Answer(content=b"hello"), "no list of models"),
+        (Answer(content=b'{"models": [{"model_id": 7}]}'), "no list of models"),
+        (Answer(content=b"[" * 100_000), "no list of models"),
+        (Answer(content=b" " * (ANSWER_BYTES_MAX + 1)), "more than"),
+        (Answer(status=302, headers={"Location": "http://127.0.0.1:1/"}), "status 302"),
+        (Answer(status=500), "status 500"),
+    ],
+)
+async def test_a_peer_that_answers_nonsense_is_left_out_and_why_is_told(answer: Answer, why: str) -> None:
+    silent: list[str] = []
+    async with FaultServer(b"x" * 100, [answer]) as server, Http() as http, asyncio.timeout(10):
+        peers = [PeerSource(url=server.url, token="secret", node="old")]
+        assert await offers(peers, "hf:o/r", [], http=http, timeout_s=0.5, on_silent=silent.append) == []
+        assert server.requests[0].headers["Authorization"] == "Bearer secret"
+    (reason,) = silent
+    assert reason.startswith("old ") and why in reason
