@@ -277,7 +277,7 @@ class ModelProvisioner:
     ) -> _Running:
         parsed = refs.parse(ref)
         present = self._by_ref.get(ref)
-        if present is not None and present.job.holders:
+        if present is not None and present.job.holders and not present.job.is_final:
             return present
         if self._is_closed or self._group is None:
             raise ArrieroError(ErrorCode.NOT_RUNNING, "the agent is stopping: no download is begun")
