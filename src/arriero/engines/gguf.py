@@ -28,8 +28,8 @@ from arriero.engines.gguf_types import (
     VOCABULARY_MAX,
 )
 from arriero.engines.gguf_window import Budget, TakeToken, shown
+from arriero.engines.model_file import shown_name
 
-shown_name = gguf_tables.shown_name
 _ARCHITECTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _POOLING_NONE: Final = 0
 #: What the architecture of a projector is called.

@@ -15,6 +15,7 @@ from arriero.engines import gguf_tables
 from arriero.engines.gguf_tables import Tables, integer
 from arriero.engines.gguf_types import PARAMETERS_MAX, PARTS_MAX, TENSORS_MAX
 from arriero.engines.gguf_window import Budget
+from arriero.engines.model_file import shown_name
 
 _NAME: Final = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _NUMBER: Final = "split.no"
@@ -36,7 +37,7 @@ def check(first: Path, tables: Tables, budget: Budget) -> Parts:
 
     Raises MODEL_CORRUPTED, and INVALID_MODEL_PATH if one is not there.
     """
-    name = gguf_tables.shown_name(first)
+    name = shown_name(first)
     count, number = _split_of(name, tables)
     if number != 0:
         _corrupted(name, f"part {number + 1} of {count} of a model: give its first part")
@@ -51,16 +52,15 @@ def check(first: Path, tables: Tables, budget: Budget) -> Parts:
         path = first.with_name(f"{match['stem']}-{part:05}-of-{count:05}.gguf")
         with gguf_tables.opened(path, budget) as window:
             further = gguf_tables.read(window)
-        shown = gguf_tables.shown_name(path)
-        told = _split_of(shown, further)
+        told = _split_of(window.name, further)
         if told != (count, part - 1) and told != (0, part - 1):
-            _corrupted(shown, f"says that it is part {told[1] + 1} of {told[0]}, not {part} of {count}")
+            _corrupted(window.name, f"says that it is part {told[1] + 1} of {told[0]}, not {part} of {count}")
         for tensor in further.tensors:
             if tensor.name in names:
-                _corrupted(shown, f"tensor {tensor.name} occurs in an earlier part, too")
+                _corrupted(window.name, f"tensor {tensor.name} occurs in an earlier part, too")
             names.add(tensor.name)
         if len(names) > TENSORS_MAX:
-            _corrupted(shown, f"more than {TENSORS_MAX} tensors in all parts up to this")
+            _corrupted(window.name, f"more than {TENSORS_MAX} tensors in all parts up to this")
         size_bytes += window.size
         parameters += sum(tensor.elements for tensor in further.tensors)
     expected = integer(tables.values.get(_TENSORS, len(names)))

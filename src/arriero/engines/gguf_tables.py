@@ -3,15 +3,13 @@
 Nothing here knows of models: projectors and the further parts of a split model have the same tables.
 """
 
-import os
-import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.engines import model_file
 from arriero.engines.gguf_types import (
     ALIGNMENT_MAX,
     ARRAY,
@@ -79,32 +77,8 @@ class Tables:
 @contextmanager
 def opened(path: Path, budget: Budget) -> Generator[Window, None, None]:
     """Open a file for reading its header; raises INVALID_MODEL_PATH if it is none or may not be read."""
-    name = shown_name(path)
-    try:
-        # Not blocking: a FIFO put there meanwhile must not hold us.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: no such file", file=name) from error
-    except PermissionError as error:
-        raise ArrieroError(
-            ErrorCode.INVALID_MODEL_PATH, f"{name}: no rights to read it", file=name
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path.
-        reason = error.strerror if isinstance(error, OSError) else "not a path"
-        raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: {reason}", file=name) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArrieroError(ErrorCode.INVALID_MODEL_PATH, f"{name}: not a regular file", file=name)
-        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-            yield Window(file, name=name, size=status.st_size, budget=budget)
-    finally:
-        os.close(descriptor)
-
-
-def shown_name(path: Path) -> str:
-    """Return the file's name as it may be told: no folder, no bytes that JSON cannot hold."""
-    return path.name.encode("utf-8", "replace").decode()
+    with model_file.opened(path) as file:
+        yield Window(file.file, name=file.name, size=file.size_bytes, budget=budget)
 
 
 def read(window: Window, take_token: TakeToken | None = None) -> Tables:
