@@ -1,6 +1,7 @@
 """Is a GGUF header read right, in little time and memory, and is no broken one believed?"""
 
 import errno
+import math
 import os
 import struct
 import tracemalloc
@@ -33,6 +34,7 @@ def test_facts_of_a_llama(tmp_path: Path) -> None:
     facts = header.facts
     assert (facts.architecture, facts.name, facts.quantisation) == ("llama", "random llama", "F16")
     assert (facts.block_count, facts.context_length, facts.vocabulary_size) == (2, 4096, 272)
+    assert (facts.format, facts.head_count, facts.head_count_kv, facts.embedding_length) == ("gguf", 4, 2, 64)
     assert facts.file_bytes == path.stat().st_size
     assert facts.has_chat_template
     assert not facts.is_embedding
@@ -69,20 +71,34 @@ def test_version_2_is_read_too(tmp_path: Path) -> None:
         (lambda f: f.set("llama.context_length", w.I64, -1), "is -1, outside"),
         (lambda f: f.set("llama.embedding_length", w.U32, 1 << 30), "embedding_length is 1073741824"),
         (lambda f: f.set("llama.attention.head_count", w.I32, -7), "head_count is -7"),
-        (lambda f: f.set("llama.attention.head_count_kv", w.I64, -(1 << 62)), "head_count_kv sums to"),
+        (lambda f: f.set("llama.attention.head_count_kv", w.I64, -(1 << 62)), "head_count_kv is -46116"),
+        (lambda f: f.set("llama.attention.head_count_kv", w.ARRAY, (w.I32, [2, -2])), "head_count_kv is -2"),
+        (lambda f: f.set("llama.attention.key_length", w.U64, 1 << 63), "key_length is 92233"),
+        (lambda f: f.set("general.architecture", w.STRING, "\x1b[2J"), "'\\x1b[2J', no plain word"),
+        (lambda f: f.set("general.architecture", w.STRING, "a" * 65), "no plain word"),
+        (
+            lambda f: f.set("llama.vocab_size", w.U32, 1 << 31) or f.remove("tokenizer.ggml.tokens"),
+            "a vocabulary of 2147",
+        ),
+        (
+            lambda f: f.set("tokenizer.ggml.tokens", w.ARRAY, struct.pack("<IQ", 8, 1 << 20)),
+            "a vocabulary of 1048576",
+        ),
         (lambda f: f.set("general.alignment", w.U32, 0), "general.alignment is 0"),
         (lambda f: f.set("general.alignment", w.U32, 48), "general.alignment is 48"),
         (lambda f: f.set("general.alignment", w.STRING, "x"), "general.alignment is 'x'"),
         (lambda f: f.set("split.count", w.U16, 3) or f.set("split.no", w.U16, 1), "part 2 of 3"),
         (lambda f: f.keys.append(f.keys[3]), "'general.file_type' occurs twice"),
         (lambda f: f.keys.append(("", w.U32, 1)), "has 0 bytes"),
+        (lambda f: f.keys.insert(0, ("llama.block_count\0x", w.U32, 9)), "key 1 of 24 holds a zero byte"),
         (lambda f: f.keys.append(("k" * 2000, w.U32, 1)), "has 2000 bytes"),
         (lambda f: f.keys.append(("x", 13, b"")), "value type 13"),
         (lambda f: f.keys.append(("x", w.STRING, struct.pack("<Q", 1 << 62))), "a text of 4611686018"),
         (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 4, 1 << 60))), "elements, at most"),
         (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 99, 1))), "elements of type 99"),
         (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 8, 1 << 28))), "texts in arrays"),
-        (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 9, 1 << 28))), "texts in arrays"),
+        (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 9, 1 << 28))), "arrays in arrays"),
+        (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 9, 10_001))), "arrays in arrays"),
         (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 9, 1) * 9)), "deeper than 4"),
         (lambda f: f.keys.append(("x", w.ARRAY, struct.pack("<IQ", 4, 1 << 27))), "inside its header"),
         (lambda f: setattr(f.tensors[3], "claimed_dimensions", 5), "5 dimensions"),
@@ -91,6 +107,7 @@ def test_version_2_is_read_too(tmp_path: Path) -> None:
         (lambda f: setattr(f.tensors[3], "type_number", 4), "type 4, which is not known"),
         (lambda f: setattr(f.tensors[3], "type_number", 12), "whole blocks of 256 (Q4_K)"),
         (lambda f: setattr(f.tensors[3], "name", "n" * 64), "has 64 bytes"),
+        (lambda f: setattr(f.tensors[3], "name", "output.weight\0"), "tensor 4 of 21 holds a zero byte"),
         (lambda f: setattr(f.tensors[3], "name", "output.weight"), "output.weight occurs twice"),
         (lambda f: setattr(f.tensors[3], "claimed_offset", 33), "begins at offset 33"),
         (lambda f: setattr(f.tensors[3], "claimed_offset", 0), "begins at offset 0"),
@@ -187,18 +204,16 @@ def test_quantisation_is_what_most_bytes_are_where_the_file_does_not_say(tmp_pat
 def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
     file = w.llama_file()
     file.set("llama.attention.head_count_kv", w.ARRAY, (w.U32, [1, 4]))
-    assert gguf.read_header(file.write(tmp_path / "m.gguf")).heads_kv_sum == 5
+    header = gguf.read_header(file.write(tmp_path / "m.gguf"))
+    assert (header.heads_kv_sum, header.facts.head_count, header.facts.head_count_kv) == (5, 4, 4)
+    file.set("llama.attention.head_count", w.ARRAY, (w.U32, [8, 2]))
+    assert gguf.inspect(file.write(tmp_path / "m.gguf")).head_count == 8
 
 
-def test_of_a_split_model_the_first_part_is_checked_and_all_are_counted(tmp_path: Path) -> None:
+def test_numbers_that_are_none_are_no_heads(tmp_path: Path) -> None:
     file = w.llama_file()
-    file.set("split.count", w.U16, 3)
-    file.set("split.no", w.U16, 0)
-    first = file.write(tmp_path / "big-00001-of-00003.gguf")
-    size = first.stat().st_size
-    assert gguf.inspect(first).file_bytes == size
-    (tmp_path / "big-00002-of-00003.gguf").write_bytes(b"x" * 1000)
-    assert gguf.inspect(first).file_bytes == size + 1000
+    file.set("llama.attention.head_count_kv", w.ARRAY, (w.F32, [math.nan, math.inf]))
+    assert gguf.inspect(file.write(tmp_path / "m.gguf")).head_count_kv == 4
 
 
 def test_every_tensor_type_is_known_to_the_engine_by_the_same_number() -> None:
@@ -243,6 +258,80 @@ def test_a_hole_of_many_gigabytes_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(file.header()[:-64] + struct.pack("<Q", gguf_types.STRING_BYTES_MAX))
     os.truncate(path, 1 << 40)
     refused(path)
+
+
+# --- The worst there can be: steps and memory have a bound, whatever is claimed -------------------
+
+
+def header_only(path: Path, file: w.GgufFile) -> Path:
+    path.write_bytes(file.header())
+    os.truncate(path, 1 << 33)
+    return path
+
+
+def most_memory(path: Path) -> int:
+    tracemalloc.start()
+    try:
+        gguf.inspect(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_of_numbers_that_nobody_asked_for_are_not_kept(tmp_path: Path) -> None:
+    """They were, for each key that ended in the right word: 177 MB for a file of 32 MB."""
+    file = w.llama_file()
+    numbers = struct.pack("<IQ", w.U64, 1000) + struct.pack("<1000Q", *range(1 << 63, (1 << 63) + 1000))
+    file.keys += [(f"{number}.head_count_kv", w.ARRAY, numbers) for number in range(4000)]
+    assert most_memory(header_only(tmp_path / "m.gguf", file)) < 8_000_000
+
+
+def test_many_long_names_cost_little_more_than_themselves(tmp_path: Path) -> None:
+    """A quarter of what can be, since the tracing is slow: so a quarter of 64 MB."""
+    file = w.llama_file()
+    file.keys += [(f"{number}" + "\x01" * 1000, w.STRING, "\x01" * 512) for number in range(1_000)]
+    file.tensors = [w.Tensor(f"{number:05}" + "\u200b" * 19, (1, 1, 1, 1), 0) for number in range(8_192)]
+    assert most_memory(header_only(tmp_path / "m.gguf", file)) < 16_000_000
+
+
+# --- Values that the engine would abort on --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda f: f.set("llama.expert_count", w.U32, 1000), "expert_count is 1000, outside 0..512"),
+        (lambda f: f.set("llama.expert_used_count", w.U32, 2), "expert_used_count is 2, outside 0..0"),
+        (lambda f: f.set("llama.expert_count", w.U32, 8), "expert_used_count is 0, outside 1..8"),
+        (
+            lambda f: f.set("llama.attention.layer_norm_rms_epsilon", w.F32, -1.0),
+            "epsilon is -1.0, less than 0",
+        ),
+        (lambda f: f.set("llama.attention.layer_norm_rms_epsilon", w.F32, math.nan), "epsilon is nan"),
+        (lambda f: f.set("llama.rope.scaling.type", w.STRING, "yarnn"), "'yarnn', none of linear, longrope,"),
+        (lambda f: f.set("llama.rope.scaling.type", w.STRING, "x" * 600), "a thing of 600 elements, none of"),
+        (lambda f: f.set("llama.pooling_type", w.U32, 5), "pooling_type is 5, outside 0..4"),
+        (lambda f: f.set("tokenizer.ggml.model", w.STRING, "none"), "no tokenizer"),
+        (
+            lambda f: setattr(f.tensors[1], "type_number", w.TENSOR_F16),
+            "output_norm.weight has the type F16; norms",
+        ),
+        (lambda f: setattr(f.tensors[4], "type_number", 25), "attn_q.weight has the type I16, which weights"),
+        (
+            lambda f: setattr(f.tensors[0], "type_number", 28),
+            "token_embd.weight has the type F64, which weights",
+        ),
+    ],
+)
+def test_what_the_engine_would_abort_on_is_refused(tmp_path: Path, edit: Edit, says: str) -> None:
+    file = w.llama_file()
+    edit(file)
+    offset = 0
+    for tensor in file.tensors:
+        elements = math.prod(tensor.shape)
+        size = elements // TENSOR_TYPES[tensor.type_number][1] * TENSOR_TYPES[tensor.type_number][2]
+        tensor.claimed_offset, offset = offset, offset + size + -size % 32
+    assert says in refused(header_only(tmp_path / "m.gguf", file))
 
 
 # --- Mutations -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Do the parts of the llama.cpp adapter read what llama.cpp writes?  (Without the engine.)"""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,19 @@ def test_bytes_of_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
 def test_a_search_that_would_not_end_gives_up() -> None:
     pieces = TokenPieces({n: b"\x80" * (n + 1) for n in range(40)})
     assert pieces.missing_ids("é" * 200, 150, 0) == (UNKNOWN_ID,) * 150
+
+
+def test_a_hostile_vocabulary_costs_no_memory(tmp_path: Path) -> None:
+    letters = byte_letters()
+    file = llama_file()
+    # Each is the first half of a character, over and over: none is whole.
+    tokens = [letters[0xC3] * (1 + number % 2000) for number in range(4_000)]
+    file.set("tokenizer.ggml.tokens", ARRAY, (STRING, tokens))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file.header() + bytes(300_000))
+    tracemalloc.start()
+    try:
+        read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_500_000
+    finally:
+        tracemalloc.stop()

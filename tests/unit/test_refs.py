@@ -36,6 +36,7 @@ def test_accepted_forms(text: str, expected: ModelRef) -> None:
         "hf:org/repo/x.gguf:Q4", "file://host/m.gguf", "file:m.gguf", "file:///a/../b.gguf", "file:///a%2F..%2F../b",
         "file:///a%00b.gguf", "http://example.org/m.gguf", "https://user:pw@example.org/m.gguf", "https:///m.gguf",
         "https://example.org/", "https://[::1/m.gguf", "ftp://example.org/m.gguf", "hf:org/repo\n", "x" * 3000,
+        "file:///a/.hidden.gguf", "file:///a/", "file:///", "file:///a%0Ab.gguf", "file:///a%1B%5B2J.gguf", "file:///a%E2%80%AE.gguf",
     ],
 )  # fmt: skip
 def test_refused_forms(text: str) -> None:
@@ -44,6 +45,24 @@ def test_refused_forms(text: str) -> None:
     assert refused.value.code is ErrorCode.INVALID_MODEL_REFERENCE
     assert "hf:org/repo" in refused.value.details["accepted"]
     assert len(refused.value.message) < 600
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth", ".pkl", ".PT", ".pickle", ".joblib"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "hf:org/repo/x{}",
+        "hf:org/repo/a/x.gguf{}@main",
+        "https://h/x{}?a=.gguf",
+        "http://localhost/a/x{}",
+        "file:///x{}",
+    ],
+)
+def test_pickles_are_refused_since_they_run_code(form: str, suffix: str) -> None:
+    with pytest.raises(ArrieroError) as refused:
+        parse(form.format(suffix))
+    assert refused.value.code is ErrorCode.INVALID_MODEL_REFERENCE
+    assert f"{suffix.lower()} files are pickles, which run code when they are loaded" in refused.value.message
 
 
 @given(

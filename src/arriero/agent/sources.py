@@ -8,6 +8,7 @@ from typing import Final, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from arriero.agent.fetch import RemoteFile
+from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.refs import FileRef, HttpsRef
 
@@ -55,7 +56,9 @@ def local_file(ref: FileRef) -> Path:
         _refuse_path(name, "is a folder" if stat.S_ISDIR(mode) else "is no regular file")
     if not os.access(path, os.R_OK):
         _refuse_path(name, "may not be read")
-    return path.resolve()
+    resolved = path.resolve()
+    names.file_name(resolved.name)  # A link may lead to a name that the catalog cannot tell.
+    return resolved
 
 
 def _refuse_pickle(name: str) -> None:

@@ -6,6 +6,7 @@ The same from agent, orchestrator and `--json`.  Contracts only grow: new fields
 import msgspec
 
 from arriero.contracts.errors import ErrorBody
+from arriero.contracts.names import FileName, ModelId, Sha256, SizeBytes
 from arriero.contracts.states import DownloadState, NodeState, TaskState, WorkerState
 
 
@@ -124,9 +125,9 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a model, as it was when it was verified."""
 
-    name: str
-    size_bytes: int
-    sha256: str
+    name: FileName
+    size_bytes: SizeBytes
+    sha256: Sha256
     #: When the file was last changed as it was hashed: tells a changed external file.
     modified_ns: int = 0
 
@@ -134,13 +135,14 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One verified model of a machine's catalog."""
 
-    model_id: str
+    #: Also the name of its folder.
+    model_id: ModelId
     model_ref: str
     provider: str
     #: Names of its files within its folder, the one to load first.
-    files: list[str]
-    size_bytes: int
-    sha256: str
+    files: list[FileName]
+    size_bytes: SizeBytes
+    sha256: Sha256
     added_unix: float
     last_used_unix: float = 0.0
     times_used: int = 0

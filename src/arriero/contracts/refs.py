@@ -6,12 +6,15 @@ from typing import Final, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.names import FILE_NAME_BYTES_MAX, is_file_name
 
 ACCEPTED_FORMS: Final = (
     "hf:org/repo[:QUANT][@revision], hf:org/repo/path/file.gguf[@revision], file:///abs/path.gguf, "
     "https://host/file.gguf, demo"
 )
 REF_LENGTH_MAX: Final = 2048
+#: Formats that run code when they are loaded: never fetched, never loaded.
+PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _HF_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _QUANT: Final = re.compile(r"[A-Za-z0-9_]{1,32}")
 _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -84,6 +87,7 @@ def _parse_hf(text: str) -> HfRef:
             _refuse(text, "a path and a quantisation at once")
         if not all(_PATH_PART.fullmatch(part) and ".." not in part for part in parts[2:]):
             _refuse(text, "the path is not well formed")
+        _refuse_pickle(text, path)
         if not path.lower().endswith((".gguf", ".safetensors")):
             _refuse(text, "the path names no .gguf file")
     elif len(parts) > 2:
@@ -98,6 +102,10 @@ def _parse_file(text: str) -> FileRef:
         _refuse(text, "a file reference has no host, query or fragment (write # and ? as %23 and %3F)")
     if not path.startswith("/") or "\x00" in path or ".." in path.split("/"):
         _refuse(text, "the path is not absolute")
+    name = path.rsplit("/", 1)[-1]
+    if len(name) <= FILE_NAME_BYTES_MAX and not is_file_name(name):  # Longer ones no system has.
+        _refuse(text, "the path ends in no plain name of a file")
+    _refuse_pickle(text, path)
     return FileRef(path)
 
 
@@ -111,9 +119,20 @@ def _parse_url(text: str) -> HttpsRef:
         _refuse(text, "the address needs a host and carries no credentials")
     if split.scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
         _refuse(text, "http:// is accepted for loopback hosts alone")
-    if not unquote(split.path).rsplit("/", 1)[-1]:
+    name = unquote(split.path).rsplit("/", 1)[-1]
+    if not name:
         _refuse(text, "the address names no file")
+    _refuse_pickle(text, name)
     return HttpsRef(text)
+
+
+def _refuse_pickle(text: str, path: str) -> None:
+    lowered = path.lower()
+    for suffix in PICKLE_SUFFIXES:
+        if lowered.endswith(suffix):
+            _refuse(
+                text, f"{suffix} files are pickles, which run code when they are loaded; use a .gguf file"
+            )
 
 
 def _refuse(text: str, why: str) -> NoReturn:

@@ -49,6 +49,7 @@ from arriero.engines.base import (
     TextDelta,
 )
 from arriero.engines.child import EngineChild
+from arriero.engines.model_file import shown_name
 from arriero.runtime.clock import Clock, SystemClock
 
 CHILD_MODULE: Final = "arriero.engines.fake_child"
@@ -116,7 +117,7 @@ class Fake:
                 raise
         size = path.stat().st_size
         return ModelFacts(
-            "fake", BLOCKS, CONTEXT_DEFAULT, 1 << 24, "none", 0, size, True, False, gguf.shown_name(path)
+            "fake", BLOCKS, CONTEXT_DEFAULT, 1 << 24, "none", 0, size, True, False, shown_name(path)
         )
 
     async def estimate(self, spec: EngineSpec) -> Estimate:

@@ -134,20 +134,26 @@ STRING_BYTES_MAX: Final = 64 << 20
 #: Longer ones are stepped over; only their length is known.
 KEPT_STRING_BYTES_MAX: Final = 512
 KEPT_STRINGS_MAX: Final = 1_024
-#: Strings in all arrays together: each costs a step, of about 0.2 µs.
-ARRAY_STRINGS_MAX: Final = 3_000_000
+#: Strings in all arrays together: each costs a step, of about 0.3 µs.
+ARRAY_STRINGS_MAX: Final = 1_500_000
+#: Arrays in arrays, all together: each costs about 2 µs.  (The engine reads none.)
+ARRAYS_MAX: Final = 10_000
 ARRAY_ELEMENTS_MAX: Final = 1 << 28
 #: Where the header must have ended: bounds what is read, also of a sparse file.
 HEADER_BYTES_MAX: Final = 256 << 20
 NESTING_MAX: Final = 4
-#: Numbers of one array that are kept (heads per layer); the array must be no longer.
-KEPT_NUMBERS_MAX: Final = 1_024
+#: Numbers of arrays that are kept (heads per layer), all together; further ones are stepped over.
+KEPT_NUMBERS_MAX: Final = 8_192
 #: The engine aborts above (its LLAMA_MAX_LAYERS).
 BLOCKS_MAX: Final = 512
 CONTEXT_MAX: Final = 1 << 28
 EMBEDDING_MAX: Final = 1 << 20
-VOCABULARY_MAX: Final = 1 << 24
-PARTS_MAX: Final = 4_096
+#: Real ones: up to 262,144.
+VOCABULARY_MAX: Final = 1 << 19
+#: Real ones: up to about 200.  Each is opened and its header read.
+PARTS_MAX: Final = 1_000
 ALIGNMENT_MAX: Final = 1 << 16
 DIMENSIONS_MAX: Final = 4
 ELEMENTS_MAX: Final = 1 << 48
+#: All tensors together: what JSON and SQLite can hold.
+PARAMETERS_MAX: Final = 1 << 53

@@ -14,7 +14,15 @@ from typing import Any, Final
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.engines import gguf, llamacpp_estimate, llamacpp_load, llamacpp_stream, token_pieces, unix_http
+from arriero.engines import (
+    formats,
+    gguf,
+    llamacpp_estimate,
+    llamacpp_load,
+    llamacpp_stream,
+    token_pieces,
+    unix_http,
+)
 from arriero.engines.base import (
     Abilities,
     Engine,
@@ -62,11 +70,16 @@ class LlamaCpp:
         return {"engine": self.name, "version": importlib.metadata.version(DISTRIBUTION)}
 
     def inspect(self, path: Path) -> ModelFacts:
-        """Read a model's header with bounds on everything; raises as `gguf.inspect` does."""
+        """Read a model's header with bounds on everything.
+
+        Raises as `gguf.inspect` does, and BACKEND_UNAVAILABLE for safetensors.
+        """
+        formats.refuse_all_but_gguf(path, self.name)
         return gguf.inspect(path)
 
     async def estimate(self, spec: EngineSpec) -> Estimate:
-        """Return the memory that loading will take, as llama.cpp itself reckons it."""
+        """Return the memory that loading will take, as llama.cpp itself reckons it; raises as `inspect`."""
+        await asyncio.to_thread(formats.refuse_all_but_gguf, spec.model_path, self.name)
         header = await asyncio.to_thread(gguf.read_header, spec.model_path)
         return await llamacpp_estimate.estimate(spec, header, threads=_threads(spec))
 
@@ -94,9 +107,11 @@ class LlamaCppEngine:
     async def load(self, spec: EngineSpec) -> AsyncGenerator[LoadEvent, None]:
         """Check the file, start the child, tell its progress; see `Engine.load`.
 
-        Raises also what `gguf.read_header` and `line_of` raise, before anything is started.
+        Raises also what `gguf.read_header` and `line_of` raise, and BACKEND_UNAVAILABLE for
+        safetensors, before anything is started.
         """
         assert self._child is None, "an engine is loaded once"
+        await asyncio.to_thread(formats.refuse_all_but_gguf, spec.model_path, LlamaCpp.name)
         header, self._pieces = await asyncio.to_thread(token_pieces.read, spec.model_path)
         options = options_of(spec)
         if header.facts.is_embedding:

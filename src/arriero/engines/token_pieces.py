@@ -16,6 +16,9 @@ from arriero.engines import gguf
 UNKNOWN_ID: Final = -1
 #: A model that writes broken UTF-8 shows it by this; its bytes are then lost.
 _REPLACEMENT: Final = "\ufffd"
+#: Longer ones, and more of them, are not kept: a vocabulary has some thousands, of up to ten letters.
+PIECES_MAX: Final = 65_536
+PIECE_BYTES_MAX: Final = 256
 #: Also bounds the depth of the search.
 _STEPS_MAX: Final = 200
 
@@ -62,6 +65,8 @@ def read(path: Path) -> tuple[gguf.GgufHeader, TokenPieces]:
     single_bytes: dict[int, bytes] = {}
 
     def take(number: int, raw: bytes) -> None:
+        if len(raw) > PIECE_BYTES_MAX or len(byte_level) + len(single_bytes) >= PIECES_MAX:
+            return
         if not raw.isascii():
             whole = _bytes_of(raw, letters)
             if whole is not None and not _is_text(whole):

@@ -214,12 +214,12 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
     async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
         andes.models.append(
             ModelRecord(
-                model_id="m",
+                model_id="m-0123456789ab",
                 model_ref="hf:org/repo:Q4",
                 provider="hf",
                 files=["a.gguf"],
                 size_bytes=20 * 1024**3,
-                sha256="0",
+                sha256="0" * 64,
                 added_unix=7.0,
             )
         )
