@@ -21,9 +21,17 @@ import msgspec
 
 from arriero import demo_model
 from arriero.agent import hub
+from arriero.agent.budget import Budget
 from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry, ModelCatalog, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
-from arriero.agent.files import check_room, disk_error, in_thread, sha256_of, sync_folder
+from arriero.agent.files import (
+    allocated_bytes,
+    check_room,
+    disk_error,
+    in_thread,
+    sha256_of,
+    sync_folder,
+)
 from arriero.agent.progress import Job
 from arriero.agent.retries import Retries
 from arriero.agent.sources import local_file, remote_file
@@ -82,6 +90,7 @@ class ModelProvisioner:
         self._entropy = entropy
         self._inspect = inspect
         self._limits = limits or ProvisionLimits()
+        self._budget = Budget(clock, self._limits.fetch.rate_bytes_per_s)
         self._hub = hub.Hub(hf_endpoint, timeout_s=self._limits.fetch.connect_s)
         self._on_change = on_change
         self._own_group = asyncio.TaskGroup() if group is None else None
@@ -309,7 +318,7 @@ class ModelProvisioner:
 
     async def _fetch_all(self, job: Job, remotes: list[RemoteFile], provider: str) -> CatalogEntry:
         assert self._session is not None, "used outside of its `async with`"
-        fetcher = Fetcher(self._session, self._clock, self._entropy, self._limits.fetch)
+        fetcher = Fetcher(self._session, self._clock, self._entropy, self._limits.fetch, self._budget)
         folder = self._partial_folder(job.model_ref)
         try:
             have_bytes = await in_thread(lambda: _prepare_folder(folder))
@@ -320,9 +329,10 @@ class ModelProvisioner:
         if total is not None:
             await check_room(folder, total - have_bytes)
         fetched: list[FetchedFile] = []
-        for remote in remotes:
+        for number, remote in enumerate(remotes, 1):
             watch = _PartWatch(job, sum(file.size_bytes for file in fetched), total)
-            fetched.append(await fetcher.fetch(remote, folder, watch))
+            later_bytes = sum(later.size_bytes or 0 for later in remotes[number:])
+            fetched.append(await fetcher.fetch(remote, folder, watch, later_bytes=later_bytes))
         job.verifying()
         return await self._publish(job, folder, fetched, provider)
 
@@ -406,7 +416,7 @@ def _prepare_folder(folder: Path) -> int:
         for path in ready.iterdir():
             path.replace(folder / f"{path.name}.part")
         ready.rmdir()
-    return sum(path.stat().st_size for path in folder.glob("*.part"))
+    return sum(allocated_bytes(path) for path in folder.glob("*.part"))
 
 
 def _gather(folder: Path, fetched: list[FetchedFile]) -> Path:
