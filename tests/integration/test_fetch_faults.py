@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from tests.integration.model_files import SIZE_BYTES, gguf, kit_in, sha256, small_limits
 
+from arriero.agent.fetch import FetchLimits
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.states import DownloadState
 from arriero.testing.fault_server import Answer, FaultServer
 
 CONTENT = gguf()
+#: Of a file whose size nobody told; the answer tells it.
+FIRST_RANGE = f"bytes=0-{FetchLimits().range_bytes - 1}"
 DIGEST = {"Repr-Digest": f"sha-256=:{base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()}:"}
 
 
@@ -55,7 +58,11 @@ async def test_a_cut_connection_is_gone_on_with(tmp_path: Path) -> None:
     async with FaultServer(CONTENT, answers) as server, kit_in(tmp_path) as kit:
         record, path = await kit.provisioner.ensure(f"{server.url}/m.gguf")
         assert path.read_bytes() == CONTENT and record.sha256 == sha256(CONTENT)
-        assert [request.range for request in server.requests] == [None, "bytes=100000-", "bytes=150000-"]
+        assert [request.range for request in server.requests] == [
+            FIRST_RANGE,
+            "bytes=100000-",
+            "bytes=150000-",
+        ]
         assert server.requests[1].headers["If-Range"] == '"one"'
 
 
@@ -100,14 +107,14 @@ async def test_without_an_etag_or_a_digest_nothing_is_continued(tmp_path: Path) 
     async with FaultServer(CONTENT, answers) as server, kit_in(tmp_path) as kit:
         _, path = await kit.provisioner.ensure(f"{server.url}/m.gguf")
         assert path.read_bytes() == CONTENT
-        assert [request.range for request in server.requests] == [None, None]
+        assert [request.range for request in server.requests] == [FIRST_RANGE, None]
 
 
 async def test_a_weak_etag_is_no_proof(tmp_path: Path) -> None:
     answers = [Answer(cut_after=100_000, etag='W/"one"'), Answer(etag='W/"one"')]
     async with FaultServer(CONTENT, answers) as server, kit_in(tmp_path) as kit:
         await kit.provisioner.ensure(f"{server.url}/m.gguf")
-        assert [request.range for request in server.requests] == [None, None]
+        assert [request.range for request in server.requests] == [FIRST_RANGE, None]
 
 
 async def test_a_server_without_ranges_sends_it_again(tmp_path: Path) -> None:
@@ -134,7 +141,7 @@ async def test_attempts_start_anew_after_progress(tmp_path: Path) -> None:
 
 
 async def test_a_body_without_a_length_that_is_cut_is_no_model(tmp_path: Path) -> None:
-    error = await _fails(tmp_path, [Answer(cut_after=100_000, has_length=False)])
+    error = await _fails(tmp_path, [Answer(cut_after=100_000, has_length=False, ignores_range=True)])
     assert error.code is ErrorCode.MODEL_CORRUPTED
 
 
@@ -166,7 +173,9 @@ async def test_a_wrong_range_is_not_appended(tmp_path: Path, content_range: str)
 
 
 async def test_a_part_that_nobody_asked_for_is_refused(tmp_path: Path) -> None:
-    error = await _fails(tmp_path, [Answer(status=206, content_range="bytes 0-299999/300000")])
+    # Without an ETag the rest cannot be asked for after a cut, so the whole is.
+    part = Answer(status=206, etag="", content_range="bytes 0-299999/300000")
+    error = await _fails(tmp_path, [Answer(cut_after=100_000, etag=""), part])
     assert error.code is ErrorCode.DOWNLOAD_FAILED
 
 
@@ -179,7 +188,7 @@ async def test_a_compressed_answer_is_refused(tmp_path: Path) -> None:
 async def test_a_range_beyond_the_end_means_whole_or_from_the_start(tmp_path: Path) -> None:
     # No length: the first attempt cannot know that it was whole.
     headers = {"Content-Length": str(SIZE_BYTES + 7)}
-    answers = [Answer(has_length=False, headers=headers), Answer()]
+    answers = [Answer(has_length=False, ignores_range=True, headers=headers), Answer()]
     async with FaultServer(CONTENT, answers) as server, kit_in(tmp_path) as kit:
         _, path = await kit.provisioner.ensure(f"{server.url}/m.gguf")
         assert path.read_bytes() == CONTENT

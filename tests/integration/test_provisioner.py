@@ -418,10 +418,11 @@ def _enlarge(folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 async def test_a_disk_that_fills_up_is_told_and_the_part_is_kept(tmp_path: Path, small_disk: Path) -> None:
     # Without a length nobody can know beforehand.
-    answers = [Answer(has_length=False), Answer()]
+    answers = [Answer(has_length=False, ignores_range=True), Answer()]
     async with FaultServer(gguf(), answers) as server, kit_in(tmp_path, models_dir=small_disk) as kit:
         error = await _refused(kit, f"{server.url}/m.gguf")
         assert error.code is ErrorCode.INSUFFICIENT_DISK and "became full" in error.message
+        assert error.details == {"required_mb": 1, "available_mb": 0, "shortfall_mb": 1}
         (part,) = (small_disk / file for file in kit.files() if file.endswith(".part"))
         kept_bytes = len(part.read_bytes())
         assert 0 < kept_bytes < SIZE_BYTES

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.agent.fetch import told_sha256
+from arriero.agent.fetch_http import told_sha256
 from arriero.agent.partial import Mark
 from arriero.agent.progress import SpeedMeter
 from arriero.agent.retries import AttemptFailed, FailureKind, Retries, RetryLimits

@@ -96,6 +96,8 @@ def provision_limits(settings: Settings) -> ProvisionLimits:
             connect_s=settings.connect_timeout_s,
             stall_s=settings.download_stall_s,
             retry=RetryLimits(attempts=settings.download_attempts),
+            connections=settings.download_connections,
+            rate_bytes_per_s=settings.download_rate_max_mbps * 1_000_000 / 8,
         )
     )
 

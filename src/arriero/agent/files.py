@@ -1,6 +1,8 @@
 """How are large files read, hashed and measured without blocking the event loop?"""
 
 import asyncio
+import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -15,6 +17,7 @@ T = TypeVar("T")
 
 #: One read in a thread: short enough to be waited for when its caller is cancelled.
 READ_BYTES: Final = 8 * 1024 * 1024
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -64,15 +67,35 @@ async def check_room(folder: Path, needed_bytes: int) -> None:
     except OSError as error:
         raise disk_error(error, "its room was measured") from error
     if needed_bytes > free_bytes:
-        short_bytes = needed_bytes - free_bytes
-        raise ArrieroError(
-            ErrorCode.INSUFFICIENT_DISK,
-            f"the download needs {size_text(needed_bytes)} more, the disk has {size_text(free_bytes)}: "
-            f"{size_text(short_bytes)} too little",
-            required_mb=mib(needed_bytes),
-            available_mb=free_bytes // (1024 * 1024),
-            shortfall_mb=mib(short_bytes),
-        )
+        raise no_room(needed_bytes, free_bytes)
+
+
+def no_room(needed_bytes: int, free_bytes: int, others_bytes: int = 0) -> ArrieroError:
+    """Return INSUFFICIENT_DISK; `others_bytes` of what is free are spoken for by other downloads."""
+    available_bytes = max(free_bytes - others_bytes, 0)
+    short_bytes = max(needed_bytes - available_bytes, 0)
+    others = f", {size_text(others_bytes)} of it for other downloads" if others_bytes else ""
+    return ArrieroError(
+        ErrorCode.INSUFFICIENT_DISK,
+        f"the download needs {size_text(needed_bytes)} more, the disk has {size_text(free_bytes)}{others}: "
+        f"{size_text(short_bytes)} too little",
+        required_mb=mib(needed_bytes),
+        available_mb=available_bytes // (1024 * 1024),
+        shortfall_mb=mib(short_bytes),
+    )
+
+
+async def free_mb(folder: Path) -> int:
+    """Return the room on the disk of `folder` in MiB; 0 if it cannot be looked at."""
+    try:
+        return (await in_thread(lambda: shutil.disk_usage(folder))).free // (1024 * 1024)
+    except OSError:
+        return 0
+
+
+def allocated_bytes(path: Path) -> int:
+    """Return what a file takes on the disk: a sparse one takes nothing for its holes."""
+    return path.stat().st_blocks * 512
 
 
 async def sha256_of(path: Path, on_read: Callable[[int], None] | None = None) -> str:
@@ -99,6 +122,17 @@ def _hash_next(read: Callable[[int], bytes | None], update: Callable[[bytes], No
     block = read(READ_BYTES) or b""
     update(block)
     return len(block)
+
+
+def begin_writing_out(descriptor: int, offset: int, count: int) -> None:
+    """Have the kernel begin to bring a piece of a file to the disk, so that a later fsync has little to do.
+
+    Promises nothing and drops nothing from the page cache.  Does not wait, but for a full queue.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).sync_file_range(
+            descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE
+        )
 
 
 def sync_folder(folder: Path) -> None:

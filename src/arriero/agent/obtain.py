@@ -16,9 +16,10 @@ import aiohttp
 
 from arriero import demo_model
 from arriero.agent import found, found_files, hub, peers, publish
+from arriero.agent.budget import Budget
 from arriero.agent.catalog import CatalogEntry, ModelCatalog, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
-from arriero.agent.files import check_room, disk_error, in_thread, sha256_of
+from arriero.agent.files import disk_error, in_thread, sha256_of
 from arriero.agent.progress import Job
 from arriero.agent.retries import Retries
 from arriero.agent.sources import local_file, remote_file
@@ -47,7 +48,7 @@ _ELSEWHERE: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Supply:
     """The files of a model, the one to load first in front, and who has them."""
 
     files: Sequence[RemoteFile]
@@ -93,7 +94,7 @@ class Obtainer:
         self._inspect = inspect
         self._limits = limits
         self._hub = hub.Hub(hf_endpoint, timeout_s=limits.connect_s)
-        self._fetcher = Fetcher(session, clock, entropy, limits)
+        self._fetcher = Fetcher(session, clock, entropy, limits, Budget(clock, limits.rate_bytes_per_s))
         #: Who fetches which content now: the same file is never fetched twice at a time.
         self._turns: dict[str, Job] = {}
 
@@ -108,7 +109,7 @@ class Obtainer:
                 return await self._register(job, [path], "file", "file")
             case refs.HttpsRef():
                 job.downloading()
-                return await self._from_anywhere(job, wishes, Origin([remote_file(parsed)], "https", "https"))
+                return await self._from_anywhere(job, wishes, Supply([remote_file(parsed)], "https", "https"))
             case refs.HfRef():
                 job.downloading()
                 return await self._from_hub(job, parsed, wishes)
@@ -117,7 +118,7 @@ class Obtainer:
         if (entry := await self._from_peers(job, wishes, "hf", model_ref=job.model_ref)) is not None:
             return entry
         try:
-            origin = await self._resolved(job, ref)
+            supply = await self._resolved(job, ref)
         except ArrieroError as error:
             if error.code not in _UNREACHABLE:
                 raise
@@ -126,19 +127,19 @@ class Obtainer:
             if seen is None:
                 raise
             return await self.enter_found(job, seen)
-        return await self._from_anywhere(job, wishes, origin)
+        return await self._from_anywhere(job, wishes, supply)
 
-    async def _from_anywhere(self, job: Job, wishes: Wishes, origin: Origin) -> CatalogEntry:
-        """Return the entry as any peer has it, else from `origin`."""
+    async def _from_anywhere(self, job: Job, wishes: Wishes, supply: Supply) -> CatalogEntry:
+        """Return the entry as any peer has it, else from `supply`."""
         # Without checksums a peer is asked by the reference; with them, also for another reference.
-        if origin.sha256s:
+        if supply.sha256s:
             entry = await self._from_peers(
-                job, wishes, origin.provider, wanted=origin.files,
-                revision=origin.revision, projector=origin.projector,
+                job, wishes, supply.provider, wanted=supply.files,
+                revision=supply.revision, projector=supply.projector,
             )  # fmt: skip
         else:
-            entry = await self._from_peers(job, wishes, origin.provider, model_ref=job.model_ref)
-        return entry or await self._from(job, origin)
+            entry = await self._from_peers(job, wishes, supply.provider, model_ref=job.model_ref)
+        return entry or await self._from(job, supply)
 
     async def _from_peers(
         self, job: Job, wishes: Wishes, provider: str, *, model_ref: str | None = None,
@@ -156,7 +157,7 @@ class Obtainer:
             on_silent=lambda sentence: job.waiting(sentence, 0.0),
         )
         for offer in offers:
-            origin = Origin(
+            supply = Supply(
                 offer.files,
                 provider,
                 f"node {offer.node}" if offer.node else "another node",
@@ -164,33 +165,33 @@ class Obtainer:
                 projector=projector or offer.projector,
             )
             try:
-                return await self._from(job, origin)
+                return await self._from(job, supply)
             except ArrieroError as error:
                 if error.code not in _ELSEWHERE:
                     raise
-                job.waiting(f"{origin.source}: {error.message}", 0.0)
+                job.waiting(f"{supply.source}: {error.message}", 0.0)
                 job.downloading()
         return None
 
-    async def _resolved(self, job: Job, ref: refs.HfRef) -> Origin:
+    async def _resolved(self, job: Job, ref: refs.HfRef) -> Supply:
         retries = Retries(self._limits.retry, self._clock, self._entropy)
         model = await retries.run(
             lambda: self._hub.resolve(ref, self._clock.wall_s()), job, what=f"looking up {ref.repo}"
         )
-        return Origin(model.files, "hf", "hub", revision=model.revision, projector=model.projector)
+        return Supply(model.files, "hf", "hub", revision=model.revision, projector=model.projector)
 
-    async def _from(self, job: Job, origin: Origin) -> CatalogEntry:
-        content = ",".join(origin.sha256s) or job.model_ref
+    async def _from(self, job: Job, supply: Supply) -> CatalogEntry:
+        content = ",".join(supply.sha256s) or job.model_ref
         async with self._turn(content, job):
-            if origin.sha256s:
-                here = await self._catalog.with_content(origin.sha256s)
-                if here is not None and (entry := await self._shared(job, here, origin)) is not None:
+            if supply.sha256s:
+                here = await self._catalog.with_content(supply.sha256s)
+                if here is not None and (entry := await self._shared(job, here, supply)) is not None:
                     return entry
-                if (entry := await self._found(job, origin)) is not None:
+                if (entry := await self._found(job, supply)) is not None:
                     return entry
-            job.source = origin.source
+            job.source = supply.source
             return await self._fetch_all(
-                job, origin, publish.partial_folder(self._catalog.models_dir, content)
+                job, supply, publish.partial_folder(self._catalog.models_dir, content)
             )
 
     @asynccontextmanager
@@ -214,20 +215,20 @@ class Obtainer:
 
     # --- Files that are here already ----------------------------------------------------------
 
-    async def _shared(self, job: Job, here: CatalogEntry, origin: Origin) -> CatalogEntry | None:
+    async def _shared(self, job: Job, here: CatalogEntry, supply: Supply) -> CatalogEntry | None:
         """Enter the files of another entry under the job's reference; None if they cannot be shared."""
         facts = await asyncio.to_thread(self._inspect, here.path)
         job.source = "this machine"
         job.advance(here.record.size_bytes, here.record.size_bytes)
         record = make_record(
             model_ref=job.model_ref,
-            provider=origin.provider,
+            provider=supply.provider,
             files=here.files,
             facts=facts,
             is_external=here.record.is_external,
             added_unix=self._clock.wall_s(),
             source=here.record.source,
-            revision=origin.revision,
+            revision=supply.revision,
             projector=here.record.projector,
         )
         paths = here.paths
@@ -246,16 +247,16 @@ class Obtainer:
         await self._catalog.add(entry)
         return entry
 
-    async def _found(self, job: Job, origin: Origin) -> CatalogEntry | None:
+    async def _found(self, job: Job, supply: Supply) -> CatalogEntry | None:
         """Enter what another program keeps here, if it is these very files."""
-        sizes = [file.size_bytes for file in origin.files]
-        seen = await in_thread(lambda: found.by_content(os.environ, Path.home(), origin.sha256s, sizes))
+        sizes = [file.size_bytes for file in supply.files]
+        seen = await in_thread(lambda: found.by_content(os.environ, Path.home(), supply.sha256s, sizes))
         if seen is None:
             return None
         try:
             return await self._register(
-                job, seen.paths, origin.provider, _described(seen), expected=origin.sha256s,
-                revision=origin.revision, projector=origin.projector,
+                job, seen.paths, supply.provider, _described(seen), expected=supply.sha256s,
+                revision=supply.revision, projector=supply.projector,
             )  # fmt: skip
         except ArrieroError as error:
             # Not what its name says, or gone meanwhile: then it is fetched.
@@ -327,25 +328,24 @@ class Obtainer:
 
     # --- Fetched files ------------------------------------------------------------------------
 
-    async def _fetch_all(self, job: Job, origin: Origin, folder: Path) -> CatalogEntry:
+    async def _fetch_all(self, job: Job, supply: Supply, folder: Path) -> CatalogEntry:
         try:
-            have_bytes = await in_thread(lambda: publish.prepare(folder))
+            await in_thread(lambda: publish.prepare(folder))
         except OSError as error:
             raise disk_error(error, "a download was prepared") from error
         job.folder = folder
-        sizes = [remote.size_bytes for remote in origin.files]
+        sizes = [remote.size_bytes for remote in supply.files]
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        if total is not None:
-            await check_room(folder, total - have_bytes)
         fetched: list[FetchedFile] = []
-        for remote in origin.files:
+        for number, remote in enumerate(supply.files, 1):
             watch = _PartWatch(job, sum(file.size_bytes for file in fetched), total)
-            fetched.append(await self._fetcher.fetch(remote, folder, watch))
+            later_bytes = sum(later.size_bytes or 0 for later in supply.files[number:])
+            fetched.append(await self._fetcher.fetch(remote, folder, watch, later_bytes=later_bytes))
         job.verifying()
-        return await self._publish(job, origin, folder, fetched)
+        return await self._publish(job, supply, folder, fetched)
 
     async def _publish(
-        self, job: Job, origin: Origin, folder: Path, fetched: list[FetchedFile]
+        self, job: Job, supply: Supply, folder: Path, fetched: list[FetchedFile]
     ) -> CatalogEntry:
         """Read the header, write the card, rename the folder into place, enter it."""
         models_dir = self._catalog.models_dir
@@ -355,14 +355,14 @@ class Obtainer:
             files = await in_thread(lambda: publish.describe(ready, fetched))
             record = make_record(
                 model_ref=job.model_ref,
-                provider=origin.provider,
+                provider=supply.provider,
                 files=files,
                 facts=facts,
                 is_external=False,
                 added_unix=self._clock.wall_s(),
-                source=origin.source,
-                revision=origin.revision,
-                projector=origin.projector,
+                source=supply.source,
+                revision=supply.revision,
+                projector=supply.projector,
             )
             target = await in_thread(lambda: publish.put_in_place(ready, models_dir, record, files))
         except OSError as error:

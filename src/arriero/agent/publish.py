@@ -32,8 +32,8 @@ def partial_folder(models_dir: Path, key: str) -> Path:
     return models_dir / PARTIAL_DIR / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def prepare(folder: Path) -> int:
-    """Make the folder; undo a publication that a crash cut short; return the bytes that are there.
+def prepare(folder: Path) -> None:
+    """Make the folder; undo a publication that a crash cut short.
 
     Raises OSError, also where a symlink stands in the way.
     """
@@ -49,12 +49,6 @@ def prepare(folder: Path) -> int:
         for path in ready.iterdir():
             path.replace(folder / f"{path.name}.part")
         ready.rmdir()
-    return allocated_bytes(folder)
-
-
-def allocated_bytes(folder: Path) -> int:
-    """Return what the parts in a folder take of the disk: a sparse file takes less than its length."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.glob("*.part"))
 
 
 def drop(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 import msgspec
 
-_RANGE: Final = re.compile(r"bytes=(\d+)-")
+_RANGE: Final = re.compile(r"bytes=(\d+)-(\d*)")
 _REASONS: Final = {200: "OK", 206: "Partial Content", 302: "Found", 416: "Range Not Satisfiable"}
 
 
@@ -140,13 +140,14 @@ class FaultServer:
         if answer.etag:
             headers["ETag"] = answer.etag
         status, body = 200, content
-        start = self._range_start(answer, request)
-        if start is not None and start >= len(content):
+        asked = self._asked_range(answer, request)
+        if asked is not None and asked[0] >= len(content):
             status, body = 416, b""
             headers["Content-Range"] = f"bytes */{len(content)}"
-        elif start is not None:
-            status, body = 206, content[start:]
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        elif asked is not None:
+            start, end = asked[0], min(asked[1], len(content))
+            status, body = 206, content[start:end]
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         if answer.status is not None:
             status, body = answer.status, b"" if answer.status >= 300 else body
         if answer.content_range is not None:
@@ -160,12 +161,13 @@ class FaultServer:
             )
         return status, {**headers, **answer.headers}, body
 
-    def _range_start(self, answer: Answer, request: SeenRequest) -> int | None:
+    def _asked_range(self, answer: Answer, request: SeenRequest) -> tuple[int, int] | None:
         match = _RANGE.fullmatch(request.range or "")
         if match is None or answer.ignores_range:
             return None
-        condition = request.headers.get("If-Range")
-        return int(match[1]) if condition in (None, answer.etag) else None
+        if request.headers.get("If-Range") not in (None, answer.etag):
+            return None
+        return int(match[1]), int(match[2]) + 1 if match[2] else sys.maxsize
 
 
 async def _main(arguments: list[str]) -> None:
