@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from arriero.contracts.version import __version__
 from arriero.runtime.state_dir import StateDir, socket_dir
-from tests.bench import cancel
+from tests.bench import cancel, download
 from tests.bench.load import Round, Target, one_round
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +135,7 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
         print(f"        CPU ms per 1000 tokens: {row['cpu_ms_per_1000_tokens']}")
     print("slot free after the client left:", line["cancel"])
     print("commands:", line["commands"])
+    print("download:", line["download"])
 
 
 def main() -> int:
@@ -163,6 +164,8 @@ def main() -> int:
             }
         finally:
             run("down", env=env)
+    # The pool is down: nothing else computes meanwhile.
+    line["download"] = download.measure()
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else None
     show(line, baseline)
     HISTORY.parent.mkdir(exist_ok=True)

@@ -7,8 +7,10 @@ import hashlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
-from arriero.agent.fetch_http import told_sha256
+from arriero.agent.app import provision_limits
+from arriero.agent.fetch_http import redirected, told_sha256
 from arriero.agent.partial import Mark
 from arriero.agent.progress import SpeedMeter
 from arriero.agent.retries import AttemptFailed, FailureKind, Retries, RetryLimits
@@ -17,6 +19,7 @@ from arriero.agent.sources import safe_name
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SeededEntropy
+from arriero.runtime.settings import Settings
 
 DIGEST = hashlib.sha256(b"llama")
 BASE64 = base64.b64encode(DIGEST.digest()).decode()
@@ -173,3 +176,29 @@ async def test_the_verdict_follows_the_attempts(kinds: list[FailureKind], code: 
     told = failed.value.details["attempts"]
     assert [entry["attempt"] for entry in told] == [1, 2]
     assert told[0]["delay_s"] is not None and told[1]["delay_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("here", "location", "there"),
+    [
+        ("https://a/x", "/y?z=%2F", "https://a/y?z=%2F"),
+        ("https://a/x", "https://b/y", "https://b/y"),
+        ("http://a/x", "http://b/y", "http://b/y"),
+        ("http://a/x", "https://b/y", "https://b/y"),
+        ("https://a/x", "http://a/x", None),
+        ("https://a/x", "file:///etc/passwd", None),
+        ("http://a/x", "ftp://b/y", None),
+        ("http://a/x", "http://[broken", None),
+    ],
+)
+def test_redirects_lead_nowhere_weaker(here: str, location: str, there: str | None) -> None:
+    if there is not None:
+        assert str(redirected(URL(here), location)) == there
+        return
+    with pytest.raises(AttemptFailed, match="not https"):
+        redirected(URL(here), location)
+
+
+def test_the_settings_reach_the_fetch() -> None:
+    limits = provision_limits(Settings(download_connections=7, download_rate_max_mbps=80.0)).fetch
+    assert (limits.connections, limits.rate_bytes_per_s) == (7, 10_000_000.0)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.domain.attempts import Progress
 from arriero.domain.parts import OPEN_END, Missing, Parts, Run, connections_for, range_bytes
 
 PART_BYTES = st.integers(1, 40)
@@ -117,3 +118,15 @@ def test_requests_are_few(missing_bytes: int, connections: int) -> None:
         requests += 1
     assert requests <= limit
     assert range_bytes(missing_bytes, 1, part, most) == missing_bytes
+
+
+def test_progress_is_a_step_beyond_what_was_there() -> None:
+    progress = Progress(100, 10, anew_max=2)
+    assert [progress.look(done) for done in (100, 109, 110, 115, 120)] == [False, False, True, False, True]
+    assert [progress.look(done) for done in (0, 9, 10)] == [False, False, True]
+
+
+@given(st.lists(st.integers(0, 100), max_size=200), st.integers(0, 5))
+def test_a_source_that_changes_all_the_time_is_given_up(dones: list[int], anew_max: int) -> None:
+    progress = Progress(0, 10, anew_max=anew_max)
+    assert sum(progress.look(done) for done in dones) <= (anew_max + 1) * 10

@@ -16,6 +16,7 @@ from arriero.agent.fetch_types import FetchedFile, FetchLimits, FetchWatch, Remo
 from arriero.agent.fetch_writer import Writer
 from arriero.agent.partial import Mark, Partial
 from arriero.agent.retries import AttemptFailed, FailureKind, Retries
+from arriero.domain.attempts import Progress
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -59,21 +60,15 @@ class Fetcher:
         )
         reservation = self._budget.reserve(folder, later_bytes)
         origin = Origin(self._session, self._clock, self._limits, remote)
-        furthest_bytes = partial.parts.done_bytes
-
-        def has_progressed() -> bool:
-            nonlocal furthest_bytes
-            if partial.parts.done_bytes < furthest_bytes + self._limits.progress_bytes:
-                return False
-            furthest_bytes = partial.parts.done_bytes
-            return True
-
+        progress = Progress(
+            partial.parts.done_bytes, self._limits.progress_bytes, anew_max=self._limits.retry.attempts
+        )
         try:
             return await self._retries.run(
                 lambda: self._attempt(origin, partial, reservation, watch),
                 watch,
                 what=f"fetching {remote.name}",
-                has_progressed=has_progressed,
+                has_progressed=lambda: progress.look(partial.parts.done_bytes),
             )
         finally:
             reservation.release()

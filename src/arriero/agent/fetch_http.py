@@ -205,7 +205,7 @@ class Origin:
                 return Answer(response, asked, is_own_host, sha256, linked_size)
             location = response.headers.get("Location", "")
             response.close()
-            url = _redirected(url, location)
+            url = redirected(url, location)
         raise AttemptFailed(f"{self._first.host} redirects more than {self._limits.redirects_max} times")
 
     def _check_status(self, answer: Answer) -> None:
@@ -278,7 +278,7 @@ def host_of(url: str) -> str:
     return urlsplit(url).netloc
 
 
-def _redirected(url: URL, location: str) -> URL:
+def redirected(url: URL, location: str) -> URL:
     """Return where a redirect leads.  Raises AttemptFailed if it leads from https to something weaker."""
     try:
         target = url.join(URL(location, encoded=True))

@@ -32,12 +32,19 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cut_after: int | None = None
     #: So many bytes of the body are sent, then nothing more comes.
     stall_after: int | None = None
+    #: So many bytes of the body are sent, the rest when `server.go_on` is set.
+    hold_after: int | None = None
     #: Nothing is sent at all, not even a head.
     is_mute: bool = False
+    #: The head comes a byte at a time, and never to its end.
+    is_trickling: bool = False
     ignores_range: bool = False
+    #: A part is sent although the file is another one by now.
+    ignores_if_range: bool = False
     #: What the head says of the length, whatever is sent.
     claimed_length: int | None = None
     has_length: bool = True
+    http_version: str = "1.1"
     is_gzipped: bool = False
     #: Sent in place of the file.
     content: bytes | None = None
@@ -68,6 +75,9 @@ class FaultServer:
         self.content = content
         self.answers = list(answers or [Answer()])
         self.requests: list[SeenRequest] = []
+        #: Set by a test to let held answers go on.
+        self.go_on = asyncio.Event()
+        self._request_came = asyncio.Event()
         #: Set whenever a stalled or mute answer has sent all that it will send.
         self.is_stalling = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -94,6 +104,12 @@ class FaultServer:
             await asyncio.wait(self._handlers)
         await self._server.wait_closed()
 
+    async def asked(self, count: int) -> None:
+        """Return once so many requests have come."""
+        while len(self.requests) < count:
+            self._request_came.clear()
+            await self._request_came.wait()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -104,6 +120,7 @@ class FaultServer:
             method, target, _ = line.split(" ", 2)
             request = SeenRequest(method, target, Parser().parsestr(rest))
             self.requests.append(request)
+            self._request_came.set()
             index = min(len(self.requests), len(self.answers)) - 1
             await self._answer(self.answers[index], request, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -120,15 +137,30 @@ class FaultServer:
         if answer.is_mute:
             await self._stall(reader)
             return
+        if answer.is_trickling:
+            await self._trickle(writer)
+            return
         status, headers, body = self._compose(answer, request)
-        lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Whatever')}"]
+        lines = [f"HTTP/{answer.http_version} {status} {_REASONS.get(status, 'Whatever')}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
         limit = answer.cut_after if answer.cut_after is not None else answer.stall_after
-        writer.write(body[:limit])
+        body = body[:limit]
+        if answer.hold_after is not None:
+            writer.write(body[: answer.hold_after])
+            await self.go_on.wait()
+            body = body[answer.hold_after :]
+        writer.write(body)
         await writer.drain()
         if answer.stall_after is not None:
             await self._stall(reader)
+
+    async def _trickle(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.01)
 
     async def _stall(self, reader: asyncio.StreamReader) -> None:
         self.is_stalling.set()
@@ -165,7 +197,7 @@ class FaultServer:
         match = _RANGE.fullmatch(request.range or "")
         if match is None or answer.ignores_range:
             return None
-        if request.headers.get("If-Range") not in (None, answer.etag):
+        if not answer.ignores_if_range and request.headers.get("If-Range") not in (None, answer.etag):
             return None
         return int(match[1]), int(match[2]) + 1 if match[2] else sys.maxsize
 
