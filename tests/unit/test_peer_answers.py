@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,7 +110,8 @@ def test_whatever_names_a_peer_tells_addresses_and_local_names_stay_in_place(
     names: list[str], revision: str
 ) -> None:
     record = _record(*(_file(name) for name in names), revision=revision, projector=names[-1])
-    offer = _by_ref(msgspec.json.decode(msgspec.json.encode(record), type=ModelRecord))
+    # Decoding refuses most of these; what it lets through must be of no use either.
+    offer = _by_ref(record)
     for file in offer.files if offer is not None else ():
         assert file.url.startswith("http://127.0.0.1:9200/v1/models/m-0123456789ab/files/")
         assert file.url.count("/") == 7 and not set(file.url) & set("?#\\ ")

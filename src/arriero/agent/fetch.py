@@ -64,6 +64,11 @@ class Fetcher:
             partial.parts.done_bytes, self._limits.progress_bytes, anew_max=self._limits.retry.attempts
         )
         try:
+            await reservation.measure()
+            if remote.size_bytes is not None:
+                # Where the source told the size, nobody needs to be asked to know that it does not fit.
+                reservation.note(remote.size_bytes - partial.parts.done_bytes)
+                reservation.check()
             return await self._retries.run(
                 lambda: self._attempt(origin, partial, reservation, watch),
                 watch,

@@ -60,16 +60,6 @@ def size_text(size_bytes: int) -> str:
     return f"{size_bytes / (1024 * 1024 * 1024):.1f} GiB"
 
 
-async def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise INSUFFICIENT_DISK (details: required, available, shortfall) if `folder` has too little room."""
-    try:
-        free_bytes = (await in_thread(lambda: shutil.disk_usage(folder))).free
-    except OSError as error:
-        raise disk_error(error, "its room was measured") from error
-    if needed_bytes > free_bytes:
-        raise no_room(needed_bytes, free_bytes)
-
-
 def no_room(needed_bytes: int, free_bytes: int, others_bytes: int = 0) -> ArrieroError:
     """Return INSUFFICIENT_DISK; `others_bytes` of what is free are spoken for by other downloads."""
     available_bytes = max(free_bytes - others_bytes, 0)
