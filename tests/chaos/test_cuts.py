@@ -67,7 +67,7 @@ async def test_cuts_by_reset_and_stall(tmp_path: Path, seed: int) -> None:
             proxy.cut_at(offset, cut, is_for_all=chance.random() < 0.7)
         async with kit_in(tmp_path, limits=limits) as kit:
             download_id = kit.provisioner.start(f"{proxy.url}/m.gguf").download_id
-            async for frame in kit.provisioner.frames(download_id):
+            async for _, frame in kit.provisioner.frames(download_id):
                 if frame.stage is DownloadState.DOWNLOADING:
                     _assert_nothing_half_is_visible(kit.models_dir)
             record, path = await kit.provisioner.wait(download_id)
