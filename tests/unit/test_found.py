@@ -86,6 +86,9 @@ def test_a_blob_shared_by_repositories_keeps_its_own_checksum(tmp_path: Path) ->
     blob.symlink_to(os.path.relpath(shared, blob.parent))
     (model,) = _scan(tmp_path)
     assert model.sha256s == (sha256(ONE),)
+    (model.paths[0]).unlink()
+    (model.paths[0]).symlink_to(shared)
+    assert _scan(tmp_path)[0].sha256s == (None,)
 
 
 def test_a_cache_without_links_tells_no_checksum(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_a_manifest_of_ollama_that_is_not_as_it_should_be_is_passed_over(
         "empty": b"",
         "nested": b"[" * 100_000,
         "text": b"\xff",
-        "large": b" " * (found_files.NOTE_BYTES_MAX + 1),
+        "large": good.read_bytes() + b" " * found_files.NOTE_BYTES_MAX,
         "list": b"[]",
     }.items():
         (good.parent / name).write_bytes(content)
@@ -250,6 +253,7 @@ def test_what_is_about_to_be_fetched_is_found_by_its_checksum(tmp_path: Path) ->
 def test_a_program_without_checksums_is_believed_by_the_size_if_nobody_knows_better(tmp_path: Path) -> None:
     (tmp_path / ".lmstudio/models/o/r").mkdir(parents=True)
     (tmp_path / ".lmstudio/models/o/r/m.gguf").write_bytes(ONE)
+    ollama(tmp_path / ".ollama/models", "registry.ollama.ai/library/a/1b", b"GGUF two")
     likely = _content(tmp_path, ONE)
     assert likely is not None and (likely.source, likely.sha256s) == ("lm-studio", (None,))
     assert by_content({}, tmp_path, [sha256(ONE)], [None], tmp_path) is None
@@ -276,6 +280,8 @@ def test_links_are_followed_inside_of_the_folder_alone(tmp_path: Path) -> None:
     (models / "circle.gguf").symlink_to("circle.gguf")
     (models / "gone.gguf").symlink_to("nothing.gguf")
     assert [model.name for model in _scan(tmp_path)] == ["o/r/m.gguf", "o/r/same.gguf"]
+    root = found_files.Root(models)
+    assert root.entries(models / "folder") == [] != root.entries(models / "again")
     hub = tmp_path / ".cache/huggingface/hub"
     (hf_cache(hub, "o/r", {}) / "x").mkdir(parents=True)
     (hub / f"models--o--r/snapshots/{COMMIT}/out.gguf").symlink_to(tmp_path / "outside/secret.gguf")
