@@ -28,6 +28,7 @@ from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, 
 from arriero.contracts.records import DownloadRecord, RunRecord, WorkerRecord
 from arriero.contracts.version import __version__
 from arriero.domain.workers import WorkerRegistry
+from arriero.engines import formats
 from arriero.engines import registry as engines
 from arriero.runtime import daemon, logs, processes, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
@@ -130,7 +131,7 @@ class _Agent:
             catalog,
             clock=clock,
             entropy=entropy,
-            inspect=engines.kind("llamacpp").inspect,
+            inspect=formats.inspect_model,
             on_change=self._download_changed,
             group=group,
             limits=provision_limits(settings),

@@ -256,7 +256,7 @@ class Obtainer:
         try:
             return await self._register(
                 job, seen.paths, supply.provider, _described(seen), expected=supply.sha256s,
-                revision=supply.revision, projector=supply.projector,
+                revision=supply.revision, projector=seen.projector,
             )  # fmt: skip
         except ArrieroError as error:
             # Not what its name says, or gone meanwhile: then it is fetched.
