@@ -80,7 +80,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     state = StateDir(settings.home_path())
     state.prepare()
     with state.lock("agent"), contextlib.closing(bind("127.0.0.1", settings.agent_port)) as sock:
-        catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock())
+        inspect = engines.kind("llamacpp").inspect
+        catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
                 machine = await look_at_machine(settings.name_of_node(), state.home)
@@ -162,6 +163,7 @@ class _Agent:
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
                 self._group.create_task(self._tidy(), name="tidy"),
+                self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_after(stop), name="end"),
             ]
             guard = Guard(self._app(), token=self._token, open_paths=frozenset({READY_PATH}))
