@@ -18,6 +18,8 @@ from arriero.agent import catalog_rows as rows
 from arriero.agent import claims
 from arriero.agent.catalog_entry import (
     CARD_NAME,
+    IMPORT_PREFIX,
+    PARTIAL_DIR,
     Card,
     CatalogEntry,
     make_record,
@@ -230,13 +232,17 @@ class ModelCatalog:
             "UPDATE models SET is_pinned = ? WHERE model_id = ?", (is_pinned, model_id)
         )
         entry = await self.by_id(model_id)
+        await self.write_card(entry)
+        return entry.record
+
+    async def write_card(self, entry: CatalogEntry) -> None:
+        """Have the card beside a model of our own say what its entry says; a failure is only logged."""
         if not entry.record.is_external:
             try:
                 await in_thread(lambda: self._note_in_card(entry))
             except OSError as error:
                 # The catalog knows it; only a rebuild from the folders would not.
-                self._log.warning("card_not_written", model_id=model_id, reason=error.strerror)
-        return entry.record
+                self._log.warning("card_not_written", model_id=entry.record.model_id, reason=error.strerror)
 
     async def remove(self, model_id: str) -> ModelRecord:
         """Forget a model and delete its files, unless they are external.  Raises MODEL_NOT_FOUND."""
@@ -257,8 +263,8 @@ class ModelCatalog:
         return entry.record
 
     async def copy_database(self, copy: Callable[[sqlite3.Connection], T]) -> T:
-        """Let `copy` read the whole database as of one moment, in the database's thread."""
-        return await self._database.transaction(copy)
+        """Let `copy` read the whole database, in the database's thread."""
+        return await self._database.read(copy)
 
     # --- Entries and their files --------------------------------------------------------------
 
@@ -333,6 +339,9 @@ class ModelCatalog:
 def _make_folders(database_dir: Path, models_dir: Path) -> Path:
     database_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     models_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (models_dir / PARTIAL_DIR).glob(f"{IMPORT_PREFIX}*"):
+        # A copy that a crash cut short; its source is still where it was.
+        shutil.rmtree(folder, ignore_errors=True)
     return models_dir.resolve()
 
 

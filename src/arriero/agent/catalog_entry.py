@@ -15,6 +15,10 @@ from arriero.contracts.records import ModelFile, ModelRecord
 from arriero.engines.base import ModelFacts
 
 CARD_NAME: Final = "model.json"
+#: Hidden folder below the models folder for what is not whole yet.
+PARTIAL_DIR: Final = ".partial"
+#: What is copied in by an import lies there; of no use after a crash.
+IMPORT_PREFIX: Final = "import-"
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

@@ -122,6 +122,10 @@ class Database:
 
         return await self._submit(query)
 
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work(connection)` in the writer thread outside of a transaction (a backup needs that)."""
+        return await self._submit(lambda: work(self._require()))
+
     async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work(connection)` in the writer thread; all of it is kept, or nothing if it raises."""
 
