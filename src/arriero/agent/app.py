@@ -8,16 +8,19 @@ from typing import cast
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent.estimates import Estimates
 from arriero.agent.events import Feed
 from arriero.agent.fetch import FetchLimits
+from arriero.agent.importer import Importer
 from arriero.agent.machine import Machine, look_at_machine
 from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
 from arriero.agent.provisioner import ModelProvisioner, ProvisionLimits
 from arriero.agent.retries import RetryLimits
-from arriero.agent.routes.catalog import catalog_routes
+from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
 from arriero.agent.routes.node import node_routes
+from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
 from arriero.agent.spawner import Spawner
 from arriero.agent.supervisor import Supervisor
@@ -81,7 +84,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     state = StateDir(settings.home_path())
     state.prepare()
     with state.lock("agent"), contextlib.closing(bind("127.0.0.1", settings.agent_port)) as sock:
-        catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock())
+        inspect = formats.inspect_model
+        catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
                 machine = await look_at_machine(settings.name_of_node(), state.home)
@@ -127,11 +131,13 @@ class _Agent:
         me = processes.identity(os.getpid())
         assert me is not None, "this process lives"
         self._me = me
+        self._inspect = formats.inspect_model
+        self._importer = Importer(catalog, inspect=self._inspect, clock=clock, entropy=entropy)
         self._provisioner = ModelProvisioner(
             catalog,
             clock=clock,
             entropy=entropy,
-            inspect=formats.inspect_model,
+            inspect=self._inspect,
             on_change=self._download_changed,
             group=group,
             limits=provision_limits(settings),
@@ -145,12 +151,20 @@ class _Agent:
             clock=clock,
             lease=f"{me.pid}:{me.start_ticks}",
         )
+        preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
+        self._estimates = Estimates(
+            settings=settings,
+            machine=machine,
+            preflight=preflight,
+            kind_of=engines.kind,
+            promises=self._supervisor.promises,
+        )
         self._spawner = Spawner(
             settings=settings,
             node=machine.node,
             state=state,
             supervisor=self._supervisor,
-            preflight=Preflight(machine, log_bytes_max=settings.log_bytes_max),
+            preflight=preflight,
             locate=self._locate,
             kind_of=engines.kind,
             callback_url=url + READY_PATH,
@@ -167,9 +181,15 @@ class _Agent:
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
                 self._group.create_task(self._tidy(), name="tidy"),
+                self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_after(stop), name="end"),
             ]
-            guard = Guard(self._app(), token=self._token, open_paths=frozenset({READY_PATH}))
+            guard = Guard(
+                self._app(),
+                token=self._token,
+                open_paths=frozenset({READY_PATH}),
+                body_bytes_max_of=BODY_LIMITS,
+            )
             try:
                 await serve(guard, sock, stop=self._http_stop, on_started=self._answers, grace_s=HTTP_GRACE_S)
             finally:
@@ -180,13 +200,21 @@ class _Agent:
         self._log.info("agent_ended")
 
     def _app(self) -> AsgiApp:
-        metrics = AgentMetrics(self._supervisor, self._downloads)
+        metrics = AgentMetrics(self._supervisor, self._downloads, self._catalog)
         app = make_app(
             [
                 *node_routes(self._machine, self._feed, metrics, stop=self._http_stop),
                 *worker_routes(self._supervisor, self._spawner, stop=self._http_stop),
-                *catalog_routes(self._catalog),
-                *download_routes(self._provisioner),
+                *catalog_routes(self._catalog, self._supervisor.models_in_use, stop=self._http_stop),
+                *estimate_routes(self._catalog, self._estimates),
+                *stock_routes(
+                    self._catalog,
+                    self._importer,
+                    self._supervisor.models_in_use,
+                    inspect=self._inspect,
+                    stop=self._http_stop,
+                ),
+                *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
             ],
             title="arriero agent",
         )

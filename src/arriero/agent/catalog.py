@@ -1,141 +1,108 @@
-"""Which verified models does this machine have, and where are their files?
+"""Which verified models does this machine have, and where are their files?  (`ModelCatalog`)
 
 Each model of our own is a folder `MODELS_DIR/MODEL_ID` with its files and a `model.json` that says
-what the catalog says; so a lost database is rebuilt from the folders.  External models (`file:`,
-`demo`) stay where they are and are never removed by us.
+what the catalog says; so a lost database is rebuilt from the folders, every byte read again before
+a model is served.  External models (`file:`, `demo`, those of other programs) stay where they are
+and are never removed by us.
 """
 
+import asyncio
 import functools
-import hashlib
-import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn, Self
+from typing import Final, Self, TypeVar
 
-import msgspec
-
-from arriero.agent.files import disk_error, in_thread, sha256_of
+from arriero.agent import catalog_rows as rows
+from arriero.agent import claims
+from arriero.agent.catalog_entry import (
+    CARD_NAME,
+    IMPORT_PREFIX,
+    PARTIAL_DIR,
+    Card,
+    CatalogEntry,
+    make_record,
+    model_id_of,
+    put_in_place,
+    remove_folder,
+    whole_sha256,
+    write_card,
+)
+from arriero.agent.files import disk_error, in_thread
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile, ModelRecord
-from arriero.engines.base import ModelFacts
+from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.sqlite import Database, read_migrations
 
+__all__ = [
+    "CARD_NAME",
+    "MIGRATIONS",
+    "Card",
+    "CatalogEntry",
+    "ModelCatalog",
+    "make_record",
+    "model_id_of",
+    "whole_sha256",
+]
+
 MIGRATIONS: Final = "arriero.agent.migrations"
-CARD_NAME: Final = "model.json"
-_CARD_BYTES_MAX: Final = 1024 * 1024
-_MODEL_ID: Final = re.compile(r"m-[0-9a-f]{12}")
+T = TypeVar("T")
 
 
-class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """`model.json` beside the files of a model of our own."""
+class _Waiting:
+    """A folder with a card and without an entry: to be read through before it is a model."""
 
-    record: ModelRecord
-    files: list[ModelFile]
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogEntry:
-    """One model with its files; `paths` are absolute, the one to load first."""
-
-    record: ModelRecord
-    files: tuple[ModelFile, ...]
-    paths: tuple[Path, ...]
-
-    @property
-    def path(self) -> Path:
-        """The file to give to the engine."""
-        return self.paths[0]
-
-
-def model_id_of(model_ref: str, sha256: str) -> str:
-    """Return the id of a model: the same for the same reference and content."""
-    return "m-" + hashlib.sha256(f"{model_ref}\n{sha256}".encode()).hexdigest()[:12]
-
-
-def whole_sha256(files: Sequence[ModelFile]) -> str:
-    """Return the hash of a model: its file's, or one over those of all its parts."""
-    if len(files) == 1:
-        return files[0].sha256
-    return hashlib.sha256("".join(f"{f.sha256}  {f.name}\n" for f in files).encode()).hexdigest()
-
-
-def make_record(
-    *,
-    model_ref: str,
-    provider: str,
-    files: Sequence[ModelFile],
-    facts: ModelFacts,
-    is_external: bool,
-    added_unix: float,
-    source: str,
-    revision: str = "",
-    projector: str = "",
-) -> ModelRecord:
-    """Return the record of a model that was just verified."""
-    sha256 = whole_sha256(files)
-    return ModelRecord(
-        model_id=model_id_of(model_ref, sha256),
-        model_ref=model_ref,
-        provider=provider,
-        files=[file.name for file in files],
-        size_bytes=sum(file.size_bytes for file in files),
-        sha256=sha256,
-        added_unix=added_unix,
-        is_external=is_external,
-        architecture=facts.architecture,
-        quantisation=facts.quantisation,
-        context_length=facts.context_length,
-        block_count=facts.block_count,
-        parameters=facts.parameters,
-        is_embedding=facts.is_embedding,
-        has_chat_template=facts.has_chat_template,
-        format=facts.format,
-        revision=revision,
-        source=source,
-        projector=projector,
-        head_count=facts.head_count,
-        head_count_kv=facts.head_count_kv,
-        embedding_length=facts.embedding_length,
-        vocabulary_size=facts.vocabulary_size,
-        parts=list(files),
-    )
+    def __init__(self, entry: CatalogEntry) -> None:
+        self.entry = entry
+        self.lock = asyncio.Lock()
 
 
 class ModelCatalog:
     """The models of one machine.  Make it with `await ModelCatalog.open(…)`, end it with `close()`."""
 
-    def __init__(self, database: Database, models_dir: Path, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, models_dir: Path, clock: Clock, inspect: claims.Inspect | None
+    ) -> None:
         """Look at nothing yet; for `open` alone."""
         self._database = database
         self._clock = clock
+        self._inspect = inspect
+        self._waiting: dict[str, _Waiting] = {}
+        #: Entries whose files vanished, by reference: what was noted of their use is not lost with them.
+        self._dropped: dict[str, CatalogEntry] = {}
+        self._placing = asyncio.Lock()
+        self._log = logs.get("arriero.agent.catalog")
         self.models_dir = models_dir
-        #: What was found and put right at start: sentences for the log.
+        #: What was found and put right: sentences, each in the log as well.
         self.notices: list[str] = []
 
     @classmethod
-    async def open(cls, database_path: Path, models_dir: Path, clock: Clock) -> Self:
+    async def open(
+        cls, database_path: Path, models_dir: Path, clock: Clock, inspect: claims.Inspect | None = None
+    ) -> Self:
         """Open or create the catalog; put it in agreement with the files that are there.
 
-        Entries whose files vanished or changed in size are dropped, folders with a card and no
-        entry are taken in.  Raises STATE_DIR_UNUSABLE if a folder cannot be written.
+        Entries whose files vanished or changed in size are dropped.  Folders with a card and no
+        entry are taken in by `recheck`, or when they are asked for: each is read through first, and
+        its header by `inspect`.  Raises STATE_DIR_UNUSABLE if a folder cannot be written,
+        VERSION_MISMATCH if a newer release wrote the database.
         """
         try:
             models_dir = await in_thread(lambda: _make_folders(database_path.parent, models_dir))
         except OSError as error:
             raise disk_error(error, "it was created") from error
         database = await Database.open(database_path, read_migrations(MIGRATIONS))
-        catalog = cls(database, models_dir, clock)
+        catalog = cls(database, models_dir, clock, inspect)
         try:
             if database.set_aside_as is not None:
-                catalog.notices.append(
-                    f"the catalog was corrupt: set aside as {database.set_aside_as}, rebuilt from the folders"
+                catalog._note(
+                    f"the catalog was corrupt: set aside as {database.set_aside_as}; its models are entered "
+                    "again from their folders once every byte was read"
                 )
             await catalog._drop_vanished()
-            await catalog._adopt()
+            await catalog._find_folders()
         except BaseException:
             await database.close()
             raise
@@ -150,32 +117,111 @@ class ModelCatalog:
         """Close the database; safe to call twice."""
         await self._database.close()
 
-    async def add(self, entry: CatalogEntry) -> None:
-        """Enter a verified model; one with the same reference or id is replaced."""
-        await self._database.transaction(lambda connection: _insert(connection, entry))
+    async def recheck(self) -> None:
+        """Read through the folders that have a card and no entry, one after the other; enter them.
+
+        May take minutes: for a task beside the requests.  A model that is asked for meanwhile does
+        not wait for its turn.
+        """
+        for model_id in list(self._waiting):
+            try:
+                await self._take_in(model_id)
+            except ArrieroError as error:
+                # The database: whoever asks for the model is told, and the next start tries again.
+                self._log.warning("model_not_taken_in", model_id=model_id, code=str(error.code))
+
+    @property
+    def waiting(self) -> list[str]:
+        """The ids of the models that were found in folders and are not read through yet."""
+        return list(self._waiting)
+
+    # --- Asked --------------------------------------------------------------------------------
 
     async def get(self, model_ref: str) -> CatalogEntry | None:
-        """Return the entry of a reference, None if there is none or its files are not as they were."""
+        """Return the entry of a reference, None if there is none or its files are not as they were.
+
+        One that waits to be read through is read first.
+        """
+        for model_id, waiting in list(self._waiting.items()):
+            if waiting.entry.record.model_ref == model_ref:
+                await self._take_in(model_id)
         entry = await self._find("model_ref", model_ref)
         return await self._if_present(entry) if entry is not None else None
 
     async def by_id(self, model_id: str) -> CatalogEntry:
-        """Return the entry with an id.  Raises MODEL_NOT_FOUND."""
+        """Return the entry with an id; one that waits is read through first.  Raises MODEL_NOT_FOUND."""
+        await self._take_in(model_id)
         entry = await self._find("model_id", model_id)
         if entry is None:
             raise ArrieroError(ErrorCode.MODEL_NOT_FOUND, f"the catalog has no model {model_id[:40]!r}")
         return entry
 
-    async def with_content(self, sha256s: Sequence[str]) -> CatalogEntry | None:
-        """Return an entry, of whatever reference, whose files are exactly these."""
-        for entry in await self._entries():
-            if [file.sha256 for file in entry.files] == list(sha256s):
-                return await self._if_present(entry)
-        return None
-
     async def records(self) -> list[ModelRecord]:
         """Return all models, the last used first."""
-        return [entry.record for entry in await self._entries()]
+        return [entry.record for entry in await self.entries()]
+
+    async def entries(self) -> list[CatalogEntry]:
+        """Return all models with their files, the last used first."""
+        return await self._database.transaction(lambda connection: rows.select(connection, None, ""))
+
+    async def with_content(self, sha256s: Sequence[str]) -> CatalogEntry | None:
+        """Return a model of any reference whose files have exactly these checksums, in this order.
+
+        None if there is none, or none whose files are all there and were not written to since they
+        were verified.
+        """
+        wanted = list(sha256s)
+        for entry in await self._database.transaction(
+            lambda connection: rows.with_content(connection, wanted)
+        ):
+            if await in_thread(functools.partial(claims.is_as_verified, entry, is_strict=True)):
+                return entry
+        return None
+
+    # --- Changed ------------------------------------------------------------------------------
+
+    async def add(self, entry: CatalogEntry) -> None:
+        """Enter a verified model; one with the same reference or id is replaced.
+
+        What was noted of its use stays; the folder of other content it had goes.
+        """
+        dropped = self._dropped.get(entry.record.model_ref)
+        formerly = [] if dropped is None else [dropped]
+        replaced = await self._database.transaction(
+            lambda connection: rows.insert(connection, entry, formerly)
+        )
+        self._dropped.pop(entry.record.model_ref, None)
+        for old in {entry.record.model_id: entry.record for entry in replaced}.values():
+            self._waiting.pop(old.model_id, None)
+            if old.model_id != entry.record.model_id and not old.is_external:
+                await in_thread(functools.partial(remove_folder, self.models_dir / old.model_id))
+
+    async def add_new(self, entries: Sequence[CatalogEntry]) -> list[CatalogEntry]:
+        """Enter verified models, all at once or none; return those whose reference and id were new."""
+        return await self._database.transaction(
+            lambda connection: [entry for entry in entries if rows.insert_new(connection, entry)]
+        )
+
+    async def publish(self, ready: Path, record: ModelRecord, files: Sequence[ModelFile]) -> CatalogEntry:
+        """Give a folder of whole, verified files its final name, with its card, and enter it.
+
+        `ready` is a folder below `models_dir`; it is gone afterwards, also where the model is there
+        already.  Raises INSUFFICIENT_DISK and STATE_DIR_UNUSABLE; then nothing is visible.
+        """
+        target = self.models_dir / record.model_id
+        entry = CatalogEntry(record, tuple(files), tuple(target / file.name for file in files))
+        async with self._placing:
+            present = await self._find("model_id", record.model_id)
+            if present is not None and await in_thread(lambda: claims.is_as_verified(present)):
+                await in_thread(lambda: shutil.rmtree(ready, ignore_errors=True))
+                return present
+            try:
+                await in_thread(lambda: put_in_place(ready, target, Card(record=record, files=list(files))))
+            except OSError as error:
+                raise disk_error(error, "a model was put in place") from error
+            self._waiting.pop(record.model_id, None)
+            await self.add(entry)
+        return entry
 
     async def touch(self, model_id: str) -> None:
         """Note that a model is used now."""
@@ -184,78 +230,112 @@ class ModelCatalog:
             (self._clock.wall_s(), model_id),
         )
 
+    async def set_pinned(self, model_id: str, is_pinned: bool) -> ModelRecord:
+        """Say whether a model may be pruned; return its record.  Raises MODEL_NOT_FOUND."""
+        await self.by_id(model_id)
+        await self._database.execute(
+            "UPDATE models SET is_pinned = ? WHERE model_id = ?", (is_pinned, model_id)
+        )
+        entry = await self.by_id(model_id)
+        await self.write_card(entry)
+        return entry.record
+
+    async def write_card(self, entry: CatalogEntry) -> None:
+        """Have the card beside a model of our own say what its entry says; a failure is only logged."""
+        if not entry.record.is_external:
+            try:
+                await in_thread(lambda: self._note_in_card(entry))
+            except OSError as error:
+                # The catalog knows it; only a rebuild from the folders would not.
+                self._log.warning("card_not_written", model_id=entry.record.model_id, reason=error.strerror)
+
     async def remove(self, model_id: str) -> ModelRecord:
         """Forget a model and delete its files, unless they are external.  Raises MODEL_NOT_FOUND."""
         entry = await self.by_id(model_id)
         await self._forget(model_id)
         if not entry.record.is_external:
             # The files go last: a folder that is left over is taken in again, never half a model.
-            await in_thread(lambda: _remove_folder(self.models_dir / model_id))
+            await in_thread(lambda: remove_folder(self.models_dir / model_id))
         return entry.record
 
-    async def verify(self, model_id: str, on_read: Callable[[int], None] | None = None) -> ModelRecord:
-        """Hash a model's files again.
+    async def verify(self, model_id: str, on_read: Callable[[int], None] = lambda _: None) -> ModelRecord:
+        """Hash a model's files again; `on_read` is told the bytes read of all of them so far.
 
         Raises MODEL_NOT_FOUND, INVALID_MODEL_PATH if a file is gone, MODEL_CORRUPTED naming the file.
         """
         entry = await self.by_id(model_id)
-        for file, path in zip(entry.files, entry.paths, strict=True):
-            try:
-                sha256 = await sha256_of(path, on_read)
-            except OSError as error:
-                raise ArrieroError(
-                    ErrorCode.INVALID_MODEL_PATH,
-                    f"{file.name} of {entry.record.model_ref} cannot be read: {error.strerror}",
-                    model_id=model_id,
-                    file=file.name,
-                ) from error
-            if sha256 != file.sha256:
-                _corrupted(entry, file.name, f"has the checksum {sha256[:12]}…, not {file.sha256[:12]}…")
+        await claims.check_files(entry, on_read)
         return entry.record
 
-    # --- Rows ---------------------------------------------------------------------------------
+    async def copy_database(self, copy: Callable[[sqlite3.Connection], T]) -> T:
+        """Let `copy` read the whole database, in the database's thread."""
+        return await self._database.read(copy)
+
+    # --- Entries and their files --------------------------------------------------------------
 
     async def _find(self, column: str, value: str) -> CatalogEntry | None:
-        found = await self._database.transaction(lambda connection: _select(connection, column, value))
+        found = await self._database.transaction(lambda connection: rows.select(connection, column, value))
         return found[0] if found else None
-
-    async def _entries(self) -> list[CatalogEntry]:
-        return await self._database.transaction(lambda connection: _select(connection, None, ""))
 
     async def _forget(self, model_id: str) -> None:
         await self._database.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
 
     async def _if_present(self, entry: CatalogEntry) -> CatalogEntry | None:
-        if await in_thread(lambda: _is_as_verified(entry)):
+        if await in_thread(lambda: claims.is_as_verified(entry)):
             return entry
+        self._dropped[entry.record.model_ref] = entry
         await self._forget(entry.record.model_id)
         return None
 
-    # --- At start -----------------------------------------------------------------------------
+    def _note_in_card(self, entry: CatalogEntry) -> None:
+        folder = self.models_dir / entry.record.model_id
+        if not folder.is_symlink():
+            write_card(folder, Card(record=entry.record, files=list(entry.files)))
+
+    def _note(self, sentence: str) -> None:
+        self.notices.append(sentence)
+        self._log.warning("catalog_notice", notice=sentence)
+
+    # --- What is found at start ---------------------------------------------------------------
 
     async def _drop_vanished(self) -> None:
-        for entry in await self._entries():
+        for entry in await self.entries():
             if await self._if_present(entry) is None:
-                self.notices.append(f"{entry.record.model_ref}: its file vanished or changed, entry dropped")
+                self._note(f"{entry.record.model_ref}: its file vanished or changed, entry dropped")
 
-    async def _adopt(self) -> None:
-        known = {entry.record.model_id for entry in await self._entries()}
-        for entry in await in_thread(lambda: _read_cards(self.models_dir, known)):
-            if not await in_thread(functools.partial(_is_as_verified, entry)):
-                self.notices.append(f"{entry.record.model_id}: not as its card says, left alone")
-            elif await self._find("model_ref", entry.record.model_ref) is None:
-                await self.add(entry)
-                self.notices.append(f"{entry.record.model_ref}: found in its folder, entered again")
+    async def _find_folders(self) -> None:
+        known = {record.model_id: record.model_ref for record in await self.records()}
+        found, problems = await in_thread(lambda: _read_folders(self.models_dir, set(known)))
+        for problem in problems:
+            self._note(problem)
+        # Of two contents of one reference the newer one is the one that was meant.
+        for entry in sorted(found, key=lambda entry: -entry.record.added_unix):
+            if entry.record.model_ref in known.values():
+                self._note(f"{entry.record.model_id}: other content of {entry.record.model_ref}, left alone")
+            else:
+                self._waiting[entry.record.model_id] = _Waiting(entry)
 
-
-def _corrupted(entry: CatalogEntry, name: str, why: str) -> NoReturn:
-    raise ArrieroError(
-        ErrorCode.MODEL_CORRUPTED,
-        f"{name} of {entry.record.model_ref} {why}",
-        model_id=entry.record.model_id,
-        file=name,
-        suggested_action="remove the model, then fetch it again",
-    )
+    async def _take_in(self, model_id: str) -> None:
+        """Read a folder through that waits, and enter it; nothing happens to one that does not wait."""
+        waiting = self._waiting.get(model_id)
+        if waiting is None:
+            return
+        async with waiting.lock:
+            if self._waiting.get(model_id) is not waiting:
+                return
+            ref = waiting.entry.record.model_ref
+            try:
+                entry = await claims.verified(waiting.entry, self._inspect)
+            except ArrieroError as error:
+                self._note(f"{model_id}: {error.message}; its folder is left alone")
+            else:
+                is_new = await self.add_new([entry])
+                self._note(
+                    f"{ref}: found in its folder, read through, entered again"
+                    if is_new
+                    else f"{model_id}: other content of {ref}, left alone"
+                )
+            self._waiting.pop(model_id, None)
 
 
 # --- In threads --------------------------------------------------------------------------------
@@ -264,98 +344,25 @@ def _corrupted(entry: CatalogEntry, name: str, why: str) -> NoReturn:
 def _make_folders(database_dir: Path, models_dir: Path) -> Path:
     database_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     models_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (models_dir / PARTIAL_DIR).glob(f"{IMPORT_PREFIX}*"):
+        # A copy that a crash cut short; its source is still where it was.
+        shutil.rmtree(folder, ignore_errors=True)
     return models_dir.resolve()
 
 
-def _remove_folder(folder: Path) -> None:
-    # The card first: without it, what a crash leaves is not taken for a model.
-    (folder / CARD_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_as_verified(entry: CatalogEntry) -> bool:
-    """Return whether all files are there with their size; external ones unchanged since as well."""
-    for file, path in zip(entry.files, entry.paths, strict=True):
-        try:
-            seen = path.stat()
-        except OSError:
-            return False
-        if seen.st_size != file.size_bytes:
-            return False
-        if entry.record.is_external and seen.st_mtime_ns != file.modified_ns:
-            return False
-    return True
-
-
-def _read_cards(models_dir: Path, known: set[str]) -> list[CatalogEntry]:
-    found = []
+def _read_folders(models_dir: Path, known: set[str]) -> tuple[list[CatalogEntry], list[str]]:
+    """Return what the cards of folders without an entry claim, and a sentence for each without belief."""
+    found, problems = [], []
     for folder in sorted(models_dir.iterdir()):
-        if not _MODEL_ID.fullmatch(folder.name) or folder.name in known:
+        if not claims.MODEL_ID.fullmatch(folder.name) or folder.name in known:
             continue
         try:
-            with (folder / CARD_NAME).open("rb") as file:
-                card = msgspec.json.decode(file.read(_CARD_BYTES_MAX), type=Card)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            entry = claims.read_folder(folder)
+        except claims.Unbelievable as error:
+            problems.append(f"{folder.name}: {error}; left alone")
             continue
-        names = [file.name for file in card.files]
-        is_sound = card.record.model_id == folder.name and not card.record.is_external
-        if is_sound and names and all(name == Path(name).name for name in names):
-            found.append(CatalogEntry(card.record, tuple(card.files), tuple(folder / name for name in names)))
-    return found
-
-
-# --- In the database's thread ------------------------------------------------------------------
-
-_COLUMNS: Final = tuple(name for name in ModelRecord.__struct_fields__ if name not in ("files", "parts"))
-
-
-def _insert(connection: sqlite3.Connection, entry: CatalogEntry) -> None:
-    record = entry.record
-    connection.execute(
-        "DELETE FROM models WHERE model_ref = ? OR model_id = ?", (record.model_ref, record.model_id)
-    )
-    marks = ", ".join("?" * len(_COLUMNS))
-    connection.execute(
-        f"INSERT INTO models ({', '.join(_COLUMNS)}) VALUES ({marks})",
-        [getattr(record, column) for column in _COLUMNS],
-    )
-    connection.executemany(
-        "INSERT INTO model_files (model_id, position, name, path, size_bytes, sha256, modified_ns)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (record.model_id, position, file.name, str(path), file.size_bytes, file.sha256, file.modified_ns)
-            for position, (file, path) in enumerate(zip(entry.files, entry.paths, strict=True))
-        ],
-    )
-
-
-def _select(connection: sqlite3.Connection, column: str | None, value: str) -> list[CatalogEntry]:
-    assert column in (None, "model_id", "model_ref")
-    where = "" if column is None else f"WHERE {column} = ?"
-    rows = connection.execute(
-        f"SELECT {', '.join(_COLUMNS)} FROM models {where} ORDER BY last_used_unix DESC, model_ref",
-        () if column is None else (value,),
-    ).fetchall()
-    return [_entry_of(connection, row) for row in rows]
-
-
-def _entry_of(connection: sqlite3.Connection, row: sqlite3.Row) -> CatalogEntry:
-    rows = connection.execute(
-        "SELECT name, path, size_bytes, sha256, modified_ns FROM model_files"
-        " WHERE model_id = ? ORDER BY position",
-        (row["model_id"],),
-    ).fetchall()
-    files = tuple(
-        ModelFile(
-            name=file["name"],
-            size_bytes=file["size_bytes"],
-            sha256=file["sha256"],
-            modified_ns=file["modified_ns"],
-        )
-        for file in rows
-    )
-    values = {column: row[column] for column in _COLUMNS}
-    # SQLite has no truth values.
-    record = msgspec.convert({**values, "files": [file.name for file in files]}, ModelRecord, strict=False)
-    record = msgspec.structs.replace(record, parts=list(files))
-    return CatalogEntry(record, files, tuple(Path(file["path"]) for file in rows))
+        if claims.is_as_verified(entry):
+            found.append(entry)
+        else:
+            problems.append(f"{folder.name}: not as its card says, left alone")
+    return found, problems

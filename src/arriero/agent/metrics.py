@@ -1,14 +1,15 @@
 """Which numbers does an agent show to Prometheus?  (`GET /metrics`)"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from arriero.agent.catalog import ModelCatalog
 from arriero.agent.supervisor import Supervisor
-from arriero.contracts.records import DownloadRecord
+from arriero.contracts.records import DownloadRecord, ModelRecord
 from arriero.contracts.states import WorkerState
 from arriero.domain.download_states import DOWNLOADS
 
@@ -18,14 +19,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class AgentMetrics(Collector):
     """Reads plain counts when it is scraped: counting costs nothing where it happens."""
 
-    def __init__(self, supervisor: Supervisor, downloads: "Downloads") -> None:
+    def __init__(self, supervisor: Supervisor, downloads: "Downloads", catalog: ModelCatalog) -> None:
         self._supervisor = supervisor
         self._downloads = downloads
+        self._catalog = catalog
+        self._models: Sequence[ModelRecord] = ()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-    def text(self) -> bytes:
-        """Return the page."""
+    async def page(self) -> bytes:
+        """Return the page, the catalog asked for its part."""
+        self._models = await self._catalog.records()
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
@@ -48,6 +52,7 @@ class AgentMetrics(Collector):
             ("idle_unloads", counts.idle_unloads, "Workers stopped because they had no work."),
         ):
             yield CounterMetricFamily(f"arriero_agent_worker_{name}", help_text, value=value)
+        yield from self._of_models()
         downloads = CounterMetricFamily(
             "arriero_agent_downloads", "Downloads by how they ended.", labels=["state"]
         )
@@ -66,6 +71,16 @@ class AgentMetrics(Collector):
             ("retries", self._downloads.retries, "Attempts of downloads that failed and were made again."),
         ):
             yield CounterMetricFamily(f"arriero_agent_download_{name}", help_text, value=value)
+
+    def _of_models(self) -> Iterable[Metric]:
+        count = GaugeMetricFamily("arriero_agent_models", "Models in the catalog.", labels=["kind"])
+        size = GaugeMetricFamily("arriero_agent_models_bytes", "Bytes of their files.", labels=["kind"])
+        for kind, is_external in (("own", False), ("external", True)):
+            found = [record for record in self._models if record.is_external is is_external]
+            count.add_metric([kind], len(found))
+            size.add_metric([kind], sum(record.size_bytes for record in found))
+        yield count
+        yield size
 
 
 class Downloads:

@@ -15,9 +15,10 @@ from typing import Final
 import aiohttp
 
 from arriero import demo_model
-from arriero.agent import found, found_files, hub, peers, publish
+from arriero.agent import found, found_files, hub, partial_folder, peers
 from arriero.agent.budget import Budget
-from arriero.agent.catalog import CatalogEntry, ModelCatalog, make_record
+from arriero.agent.catalog import ModelCatalog
+from arriero.agent.catalog_entry import CatalogEntry, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import disk_error, in_thread, sha256_of
 from arriero.agent.progress import Job
@@ -191,7 +192,7 @@ class Obtainer:
                     return entry
             job.source = supply.source
             return await self._fetch_all(
-                job, supply, publish.partial_folder(self._catalog.models_dir, content)
+                job, supply, partial_folder.path_of(self._catalog.models_dir, content)
             )
 
     @asynccontextmanager
@@ -231,20 +232,20 @@ class Obtainer:
             revision=supply.revision,
             projector=here.record.projector,
         )
-        paths = here.paths
-        if not here.record.is_external:
-            models_dir = self._catalog.models_dir
-            folder = publish.partial_folder(models_dir, f"{job.model_ref}\nlinked")
-            try:
-                ready = await in_thread(lambda: publish.link(folder, here))
-                target = await in_thread(lambda: publish.put_in_place(ready, models_dir, record, here.files))
-            except OSError:
-                await in_thread(lambda: publish.drop(folder))
-                return None
-            paths = tuple(target / file.name for file in here.files)
         job.verifying()
-        entry = CatalogEntry(record, here.files, paths)
-        await self._catalog.add(entry)
+        if here.record.is_external:
+            entry = CatalogEntry(record, here.files, here.paths)
+            await self._catalog.add(entry)
+            return entry
+        folder = partial_folder.path_of(self._catalog.models_dir, f"{job.model_ref}\nlinked")
+        try:
+            ready = await in_thread(lambda: partial_folder.link(folder, here))
+        except OSError:
+            await in_thread(lambda: partial_folder.drop(folder))
+            job.downloading()
+            return None
+        entry = await self._catalog.publish(ready, record, here.files)
+        await in_thread(lambda: partial_folder.drop(folder))
         return entry
 
     async def _found(self, job: Job, supply: Supply) -> CatalogEntry | None:
@@ -330,7 +331,7 @@ class Obtainer:
 
     async def _fetch_all(self, job: Job, supply: Supply, folder: Path) -> CatalogEntry:
         try:
-            await in_thread(lambda: publish.prepare(folder))
+            await in_thread(lambda: partial_folder.prepare(folder))
         except OSError as error:
             raise disk_error(error, "a download was prepared") from error
         job.folder = folder
@@ -348,27 +349,25 @@ class Obtainer:
         self, job: Job, supply: Supply, folder: Path, fetched: list[FetchedFile]
     ) -> CatalogEntry:
         """Read the header, write the card, rename the folder into place, enter it."""
-        models_dir = self._catalog.models_dir
         try:
-            ready = await in_thread(lambda: publish.gather(folder, fetched))
+            ready = await in_thread(lambda: partial_folder.gather(folder, fetched))
             facts = await self._inspect_or_drop(ready / fetched[0].name, folder)
-            files = await in_thread(lambda: publish.describe(ready, fetched))
-            record = make_record(
-                model_ref=job.model_ref,
-                provider=supply.provider,
-                files=files,
-                facts=facts,
-                is_external=False,
-                added_unix=self._clock.wall_s(),
-                source=supply.source,
-                revision=supply.revision,
-                projector=supply.projector,
-            )
-            target = await in_thread(lambda: publish.put_in_place(ready, models_dir, record, files))
+            files = await in_thread(lambda: partial_folder.describe(ready, fetched))
         except OSError as error:
             raise disk_error(error, "a model was put in place") from error
-        entry = CatalogEntry(record, tuple(files), tuple(target / file.name for file in files))
-        await self._catalog.add(entry)
+        record = make_record(
+            model_ref=job.model_ref,
+            provider=supply.provider,
+            files=files,
+            facts=facts,
+            is_external=False,
+            added_unix=self._clock.wall_s(),
+            source=supply.source,
+            revision=supply.revision,
+            projector=supply.projector,
+        )
+        entry = await self._catalog.publish(ready, record, files)
+        await in_thread(lambda: partial_folder.drop(folder))
         return entry
 
     async def _inspect_or_drop(self, path: Path, folder: Path) -> ModelFacts:
@@ -376,7 +375,7 @@ class Obtainer:
             return await asyncio.to_thread(self._inspect, path)
         except ArrieroError:
             # All bytes are as the source has them, and they are no model: going on is of no use.
-            await in_thread(lambda: publish.drop(folder))
+            await in_thread(lambda: partial_folder.drop(folder))
             raise
 
 

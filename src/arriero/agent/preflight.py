@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from arriero.agent.machine import Machine
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.records import DeviceRecord, ModelRecord
 from arriero.domain.preflight import Need, Promises, Wish, check, choose_device, smaller_contexts
 from arriero.engines.base import EngineKind, EngineSpec, Estimate
+from arriero.runtime.settings import Settings
 
 #: What a worker takes besides its engine: the interpreter with its libraries (measured: some 70 MiB).
 WORKER_OVERHEAD_MB = 100
@@ -49,15 +54,8 @@ class Preflight:
         tokens, is_fixed = context
         first_error: ArrieroError | None = None
         for tried in [tokens] if is_fixed else smaller_contexts(tokens, least=CONTEXT_LEAST_TOKENS):
-            tried_spec = replace(spec, backend=device.backend, device=device.id, context_tokens=tried)
-            estimate = await kind.estimate(tried_spec)
-            need = Need(
-                model_ref=model_ref,
-                device=device.id,
-                host_mb=estimate.host_mb + WORKER_OVERHEAD_MB,
-                device_mb=estimate.device_mb,
-                disk_mb=self._disk_mb,
-            )
+            tried_spec = _on(spec, device, tried)
+            estimate, need = await self.need(kind, spec, device, tokens=tried, model_ref=model_ref)
             try:
                 check(need, self._machine.resources(), promises)
             except ArrieroError as error:
@@ -69,6 +67,23 @@ class Preflight:
         assert first_error is not None, "at least one context is tried"
         raise first_error
 
+    async def need(
+        self, kind: EngineKind, spec: EngineSpec, device: DeviceRecord, *, tokens: int, model_ref: str
+    ) -> tuple[Estimate, Need]:
+        """Return what the engine's dry run says, and what a worker on `device` takes in all.
+
+        Raises what the engine says of the file.
+        """
+        estimate = await kind.estimate(_on(spec, device, tokens))
+        need = Need(
+            model_ref=model_ref,
+            device=device.id,
+            host_mb=estimate.host_mb + WORKER_OVERHEAD_MB,
+            device_mb=estimate.device_mb,
+            disk_mb=self._disk_mb,
+        )
+        return estimate, need
+
     def recheck(self, plan: Plan, promises: Promises) -> None:
         """Check once more, right before the spawn, with fresh numbers and without waiting.
 
@@ -77,6 +92,26 @@ class Preflight:
         if plan.need.device_mb > 0:
             self._machine.look()
         check(plan.need, self._machine.resources(), promises)
+
+
+def default_context(settings: Settings, record: ModelRecord) -> int:
+    """Return the tokens of a slot where nobody asks for a number: the model's own, up to the limit."""
+    limit = settings.context_tokens_max
+    return min(limit, record.context_length or limit)
+
+
+def configured_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of the settings' engine.  Raises INVALID_SETTINGS if they are no JSON object."""
+    try:
+        return msgspec.json.decode(settings.engine_options, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ArrieroError(
+            ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}"
+        ) from error
+
+
+def _on(spec: EngineSpec, device: DeviceRecord, tokens: int) -> EngineSpec:
+    return replace(spec, backend=device.backend, device=device.id, context_tokens=tokens)
 
 
 def spec_of(model_path: Path, *, slots: int, threads: int, options: dict[str, object]) -> EngineSpec:

@@ -1,8 +1,8 @@
 """How does a model reference become verified files on this machine, once, whoever asks?
 
 One task a download; where the bytes come from is `obtain`'s question, how they become visible
-`publish`'s.  What was fetched stays in `.partial` after a failure or a cancel, and the next download
-of the same content goes on with it.
+`ModelCatalog.publish`'s.  What was fetched stays in `.partial` after a failure or a cancel, and the
+next download of the same content goes on with it.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ from typing import Final, Self
 
 import aiohttp
 
-from arriero.agent import hub_http, publish
-from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent import hub_http, partial_folder
+from arriero.agent.catalog import ModelCatalog
+from arriero.agent.catalog_entry import CatalogEntry
 from arriero.agent.fetch import FetchLimits
 from arriero.agent.files import in_thread
 from arriero.agent.found_files import Found
@@ -320,7 +321,7 @@ class ModelProvisioner:
         """Forget a download that has ended, on the disk too where nothing of it is to be kept."""
         folder = running.job.folder
         if running.is_clean and folder is not None and running.entry is None:
-            await in_thread(lambda: publish.drop(folder))
+            await in_thread(lambda: partial_folder.drop(folder))
         if running.is_open:
             await self._open.remove(running.job.download_id)
 

@@ -5,17 +5,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from arriero.agent import child as children
 from arriero.agent.catalog import CatalogEntry
 from arriero.agent.child import Child
 from arriero.agent.held import Held, callback_token
 from arriero.agent.oom import OomWitness
-from arriero.agent.preflight import Plan, Preflight, spec_of
+from arriero.agent.preflight import Plan, Preflight, configured_options, default_context, spec_of
 from arriero.agent.supervisor import Supervisor, remove_traces, write_run
 from arriero.contracts import ids
-from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.records import WorkerRecord, WorkerRunRecord
 from arriero.contracts.requests import SpawnBody, WorkerSpec
 from arriero.contracts.states import WorkerState
@@ -98,12 +96,7 @@ class Spawner:
     def _engine_of(self, body: SpawnBody) -> tuple[str, dict[str, Any]]:
         """Return the engine and its options: the request's over the settings'."""
         engine = body.engine if body.engine != _ENGINE_UNNAMED else self._settings.engine
-        try:
-            configured = msgspec.json.decode(self._settings.engine_options, type=dict[str, Any])
-        except msgspec.DecodeError as error:
-            raise ArrieroError(
-                ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}"
-            ) from error
+        configured = configured_options(self._settings)
         base = configured if engine == self._settings.engine else {}
         return engine, {**base, **body.options}
 
@@ -111,8 +104,7 @@ class Spawner:
         """Return the tokens of a slot's context, and whether they were asked for."""
         if body.context_tokens is not None:
             return body.context_tokens, True
-        limit = self._settings.context_tokens_max
-        return min(limit, entry.record.context_length or limit), False
+        return default_context(self._settings, entry.record), False
 
     def _start(self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan) -> WorkerRecord:
         worker_id = ids.worker_id(self._entropy.hex(12))

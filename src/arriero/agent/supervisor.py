@@ -97,6 +97,10 @@ class Supervisor:
         """Return the tokens of the workers that live, by id."""
         return {record.worker_id: self.token_of(record.worker_id) for record in self.registry.live()}
 
+    def models_in_use(self) -> set[str]:
+        """Return the references of the models that live workers have loaded or are loading."""
+        return {record.model_ref for record in self.registry.live()}
+
     def promises(self) -> Promises:
         """Return the memory that loading workers were promised and have not taken yet."""
         loading = [(self._held[r.worker_id].run, r) for r in self.registry.live() if r.state in _LOADING]

@@ -10,6 +10,7 @@ import msgspec
 from arriero.client.connection import Exchange, FailureCodes, Limits, Target
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.events import (
+    CheckFrame,
     DoneFrame,
     DownloadFrame,
     LoadingFrame,
@@ -172,6 +173,13 @@ def download_frame(event: SseEvent) -> DownloadFrame | None:
         return None
     raise_error_event(event)
     return _convert(_object(event), DownloadFrame)
+
+
+def check_frame(event: SseEvent, answer: type[T]) -> CheckFrame | T:
+    """Return a frame of work that reads through files, or what came of it: its last event."""
+    raise_error_event(event)
+    content = _object(event)
+    return _convert(content, CheckFrame) if "bytes_read" in content else _convert(content, answer)
 
 
 def task_event(event: SseEvent) -> TaskEvent | None:

@@ -179,7 +179,7 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.FORBIDDEN: _row(403, "The request comes from where none is accepted (Host or Origin).", "Use the loopback address; a web page is not a client."),
     C.RATE_LIMITED: _row(429, "Too many requests with this key.", "Wait as long as Retry-After says.", retry=True),
     C.INVALID_REQUEST: _row(400, "The request is not valid.", "The message names the field, the value and the limit."),
-    C.REQUEST_TOO_LARGE: _row(413, "The request's body is larger than 10 MB.", "Send less."),
+    C.REQUEST_TOO_LARGE: _row(413, "The request's body is larger than 10 MB (64 MB for a backup of the catalog).", "Send less."),
     C.NOT_FOUND: _row(404, "There is no such route or thing.", "docs/reference/http.md lists the routes."),
     C.REQUEST_ID_IN_USE: _row(409, "A request with this id is in flight already.", "Use a new X-Request-Id for each request."),
     C.PORT_IN_USE: _row(500, "The port is taken by another program.", "Choose another port, or 0 for a free one."),

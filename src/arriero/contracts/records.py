@@ -231,6 +231,24 @@ class PruneResult(msgspec.Struct, frozen=True, kw_only=True):
     is_dry_run: bool = False
 
 
+class ImportRefusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that was not imported, and why."""
+
+    #: Where it lay, within what was given.
+    name: str
+    code: str
+    why: str
+
+
+class ImportResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/models/import` of an agent: what became of each model that was found."""
+
+    imported: list[ModelRecord]
+    #: Those that were here before, with the same content.
+    known: list[ModelRecord] = []
+    refused: list[ImportRefusal] = []
+
+
 class RestoreResult(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /v1/models/restore` of an agent: what became of the entries of a backup."""
 

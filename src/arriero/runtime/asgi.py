@@ -7,7 +7,7 @@ sends a stream, beats while nothing happens, and stops computing when the client
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -72,7 +72,7 @@ class Guard:
     Sets `scope["state"]["request_id"]` and the answer's `X-Request-Id`.  Refuses with FORBIDDEN
     a foreign Host or Origin, with MISSING_API_KEY / INVALID_API_KEY a wrong token (where one is
     demanded, except on `open_paths`, whose routes check by themselves), with REQUEST_TOO_LARGE a
-    body over the limit.
+    body over the limit; `body_bytes_max_of` names the paths that have a limit of their own.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Guard:
         open_paths: frozenset[str] = frozenset(),
         hosts: frozenset[str] = LOOPBACK_HOSTS,
         body_bytes_max: int = BODY_BYTES_MAX,
+        body_bytes_max_of: Mapping[str, int] | None = None,
         entropy: Entropy | None = None,
     ) -> None:
         self._app = app
@@ -90,6 +91,7 @@ class Guard:
         self._open_paths = open_paths
         self._hosts = hosts
         self._body_bytes_max = body_bytes_max
+        self._body_bytes_max_of = dict(body_bytes_max_of or {})
         self._entropy = entropy or SystemEntropy()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +113,8 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), id_header]}
             await send(message)
 
-        bounded = _BoundedReceive(receive, self._body_bytes_max)
+        limit = self._body_bytes_max_of.get(scope["path"], self._body_bytes_max)
+        bounded = _BoundedReceive(receive, limit)
         try:
             self._check(headers, scope["path"])
             bounded.check_length(headers.get(b"content-length"))

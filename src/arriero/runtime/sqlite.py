@@ -12,7 +12,7 @@ import asyncio
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -122,6 +122,10 @@ class Database:
 
         return await self._submit(query)
 
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work(connection)` in the writer thread outside of a transaction (a backup needs that)."""
+        return await self._submit(lambda: work(self._require()))
+
     async def transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work(connection)` in the writer thread; all of it is kept, or nothing if it raises."""
 
@@ -213,14 +217,30 @@ class Database:
                 schema_known=len(migrations),
             )
         for migration in migrations[present:]:
+            connection.execute("BEGIN IMMEDIATE")
             try:
-                connection.executescript(
-                    f"BEGIN IMMEDIATE;\n{migration.sql}\n;PRAGMA user_version={migration.number};\nCOMMIT;"
-                )
+                # Another process may have been here since: the lock is ours from now on.
+                if int(connection.execute("PRAGMA user_version").fetchone()[0]) < migration.number:
+                    for statement in _statements(migration.sql):
+                        connection.execute(statement)
+                    connection.execute(f"PRAGMA user_version={migration.number}")
+                connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+
+def _statements(sql: str) -> Iterator[str]:
+    """Yield the statements of a script; `executescript` would end the transaction that they belong to."""
+    statement = ""
+    for piece in sql.split(";"):
+        statement += f"{piece};"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip("; \n"):
+        yield statement
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -1,5 +1,6 @@
 """Which routes does an agent have for downloads?  (`ModelProvisioner`)"""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
@@ -8,10 +9,13 @@ from litestar import Request, delete, get, post
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
+from arriero.agent.catalog import ModelCatalog
 from arriero.agent.provisioner import ModelProvisioner
+from arriero.agent.routes.watched import watched
+from arriero.agent.scanning import scan
 from arriero.contracts.errors import from_body
 from arriero.contracts.records import DownloadList, DownloadRecord
-from arriero.contracts.requests import DownloadBody
+from arriero.contracts.requests import DownloadBody, ScanBody
 from arriero.runtime import sse
 from arriero.runtime.asgi import BEAT_S, SseResponse
 from arriero.runtime.litestar_app import decode_body
@@ -27,9 +31,24 @@ class DownloadAccepted(msgspec.Struct, frozen=True):
 
 
 def download_routes(
-    provisioner: ModelProvisioner, *, beat_s: float = BEAT_S
+    provisioner: ModelProvisioner,
+    catalog: ModelCatalog,
+    *,
+    stop: asyncio.Event | None = None,
+    beat_s: float = BEAT_S,
 ) -> list[ControllerRouterHandler]:
     """Return the handlers; `provisioner` is entered by the caller and outlives them."""
+
+    @post("/v1/models/scan", status_code=200)
+    async def scan_models(request: Request[Any, Any, Any]) -> ASGIApp:
+        """Enter the models that other programs keep here; followed as events where asked for."""
+        body: ScanBody = await decode_body(request, ScanBody)
+        return await watched(
+            request,
+            lambda tell: scan(provisioner, catalog, tell, is_dry_run=body.dry_run),
+            stop=stop,
+            beat_s=beat_s,
+        )
 
     @post("/v1/models/download", status_code=202)
     async def start_download(request: Request[Any, Any, Any]) -> DownloadAccepted:
@@ -63,7 +82,9 @@ def download_routes(
         """Leave a download, as the `holder` that asked for it; the last one to leave cancels it."""
         return await provisioner.cancel(download_id, holder)
 
-    return [start_download, download_progress, list_downloads, get_download, leave_download]
+    return [
+        scan_models, start_download, download_progress, list_downloads, get_download, leave_download
+    ]  # fmt: skip
 
 
 def _seen_before(header: str) -> int:

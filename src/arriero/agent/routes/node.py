@@ -46,7 +46,7 @@ def node_routes(
     @get("/metrics")
     async def metrics_page() -> Response[bytes]:
         """Return the counters in Prometheus' text form."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await metrics.page(), media_type=CONTENT_TYPE)
 
     return [health, capabilities, events, metrics_page]
 

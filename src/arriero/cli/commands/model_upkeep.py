@@ -12,7 +12,6 @@ from arriero.cli import model_agent, options, render
 from arriero.cli.narrator import Narrator
 from arriero.cli.signals import terminable
 from arriero.client.models_api import CheckStream
-
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.records import FoundModel, ModelRecord
@@ -149,7 +148,7 @@ def _found_row(model: FoundModel) -> list[str]:
 @options.quiet_option
 @options.json_option
 def import_(*, path: Path, model_ref: str | None, node: str | None, quiet: bool, as_json: bool) -> int:
-    """Copy a model file, or every model of a folder, into the models folder: for machines without a network.
+    """Copy a model file, or every model of a folder, into the models folder: where there is no network.
 
     The models folder of another machine's state folder may be imported as a whole; checksums are
     compared, references are kept.

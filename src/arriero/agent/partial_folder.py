@@ -1,25 +1,21 @@
-"""How does a model whose files are whole become visible, all of it or nothing?
+"""What lies in `.partial/KEY` of a download, and how are its whole files gathered to be published?
 
-The files lie in `.partial/KEY`; they are gathered in `.partial/KEY/ready` with a card that says what
-they are, made to last, and renamed to `MODELS_DIR/MODEL_ID` in one step.
+They are moved or linked into `.partial/KEY/ready`; `ModelCatalog.publish` adds the card and renames
+that folder to `MODELS_DIR/MODEL_ID` in one step.
 """
 
 import hashlib
-import os
 import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from arriero.agent.catalog import CARD_NAME, Card, CatalogEntry
+from arriero.agent.catalog_entry import CARD_NAME, PARTIAL_DIR, CatalogEntry
 from arriero.agent.fetch import FetchedFile
 from arriero.agent.files import sync_folder
-from arriero.contracts.records import ModelFile, ModelRecord
+from arriero.contracts.records import ModelFile
 
-PARTIAL_DIR: Final = ".partial"
 _READY: Final = "ready"
 
 
@@ -27,7 +23,7 @@ class LinkInTheWay(OSError):
     """A folder of ours is a symlink: what is written would land elsewhere."""
 
 
-def partial_folder(models_dir: Path, key: str) -> Path:
+def path_of(models_dir: Path, key: str) -> Path:
     """Return where the parts of a download are kept; the same for the same content or reference."""
     return models_dir / PARTIAL_DIR / hashlib.sha256(key.encode()).hexdigest()[:24]
 
@@ -94,22 +90,3 @@ def describe(ready: Path, fetched: Sequence[FetchedFile]) -> list[ModelFile]:
         )
         for file in fetched
     ]
-
-
-def put_in_place(ready: Path, models_dir: Path, record: ModelRecord, files: Sequence[ModelFile]) -> Path:
-    """Write the card, rename the folder to the model's own, and return that; its rest is removed."""
-    target = models_dir / record.model_id
-    with (ready / CARD_NAME).open("xb") as file:
-        file.write(msgspec.json.encode(Card(record=record, files=list(files))))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(ready)
-    if target.is_symlink():
-        target.unlink()
-    elif target.exists():
-        # The same reference and content, but not in the catalog: whatever it was, this is verified.
-        shutil.rmtree(target)
-    ready.replace(target)
-    sync_folder(target.parent)
-    drop(ready.parent)
-    return target
