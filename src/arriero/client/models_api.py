@@ -78,7 +78,7 @@ class CheckStream(Generic[T]):
     def result(self) -> T:
         """Read what is left of the frames, close, and return what came of the work."""
         with self:
-            for _ in self:
+            for _ in () if self._result else self:
                 pass
         if not self._result:
             raise ArrieroError(ErrorCode.VERSION_MISMATCH, "the stream ended without a result")

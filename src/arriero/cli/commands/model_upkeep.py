@@ -192,9 +192,8 @@ def prune(*, size: int, dry_run: bool, node: str | None, as_json: bool) -> int:
         for record in result.removed:
             verb = "would remove" if dry_run else "removed"
             render.out(f"{verb} {record.model_ref} ({render.bytes_text(record.size_bytes)})")
-        render.note(
-            f"{'would free' if dry_run else 'freed'} {render.bytes_text(result.freed_bytes)} of {render.bytes_text(size)}"
-        )
+        verb = "would free" if dry_run else "freed"
+        render.note(f"{verb} {render.bytes_text(result.freed_bytes)} of {render.bytes_text(size)}")
     return Exit.OK if result.freed_bytes >= size else Exit.ERROR
 
 
@@ -275,7 +274,7 @@ def restore(*, file: Path, node: str | None, as_json: bool) -> int:
         for sentence in result.left_out:
             render.note(f"left out: {sentence}")
         if not result.restored and not result.left_out:
-            render.note("the catalog has all of it already")
+            render.note("the backup is of an empty catalog")
     return Exit.OK
 
 
