@@ -1,5 +1,6 @@
 """Model references: what is accepted, what is refused, and how it is told."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ def test_accepted_forms(text: str, expected: ModelRef) -> None:
         "hf:org/repo/x.gguf:Q4", "file://host/m.gguf", "file:m.gguf", "file:///a/../b.gguf", "file:///a%2F..%2F../b",
         "file:///a%00b.gguf", "http://example.org/m.gguf", "https://user:pw@example.org/m.gguf", "https:///m.gguf",
         "https://example.org/", "https://[::1/m.gguf", "ftp://example.org/m.gguf", "hf:org/repo\n", "x" * 3000,
-        "file:///a/.hidden.gguf", "file:///a/", "file:///", "file:///a%0Ab.gguf", "file:///a%1B%5B2J.gguf", "file:///a%E2%80%AE.gguf",
+        "file://[/m.gguf", "file://C:\uff0f/m.gguf", "file:///a/.hidden.gguf", "file:///a/", "file:///", "file:///a%0Ab.gguf", "file:///a%1B%5B2J.gguf", "file:///a%E2%80%AE.gguf",
     ],
 )  # fmt: skip
 def test_refused_forms(text: str) -> None:
@@ -45,6 +46,12 @@ def test_refused_forms(text: str) -> None:
     assert refused.value.code is ErrorCode.INVALID_MODEL_REFERENCE
     assert "hf:org/repo" in refused.value.details["accepted"]
     assert len(refused.value.message) < 600
+
+
+def test_a_reference_that_is_no_utf8_can_be_told() -> None:
+    with pytest.raises(ArrieroError) as refused:
+        parse("file:///caf\udce9.gguf")
+    assert b"file:///caf\\\\udce9.gguf" in msgspec.json.encode(refused.value.body())
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth", ".pkl", ".PT", ".pickle", ".joblib"])

@@ -96,7 +96,10 @@ def _parse_hf(text: str) -> HfRef:
 
 
 def _parse_file(text: str) -> FileRef:
-    split = urlsplit(text)
+    try:
+        split = urlsplit(text)
+    except ValueError:
+        _refuse(text, "the address is not well formed")
     path = unquote(split.path)
     if split.netloc not in ("", "localhost") or split.query or split.fragment:
         _refuse(text, "a file reference has no host, query or fragment (write # and ? as %23 and %3F)")
@@ -136,7 +139,9 @@ def _refuse_pickle(text: str, path: str) -> None:
 
 
 def _refuse(text: str, why: str) -> NoReturn:
-    shown = text[:120] + ("…" if len(text) > 120 else "")
+    # An argument that is no UTF-8 holds surrogates, which no answer can carry.
+    sendable = text[:120].encode("utf-8", "backslashreplace").decode()
+    shown = sendable + ("…" if len(text) > 120 else "")
     fail(
         ErrorCode.INVALID_MODEL_REFERENCE,
         f"{shown!r} is no model reference: {why}. Accepted: {ACCEPTED_FORMS}",
