@@ -40,6 +40,17 @@ LIMITS = dataclasses.replace(
 )
 
 
+class NotingClock(SystemClock):
+    """A real clock that notes who sleeps."""
+
+    def __init__(self) -> None:
+        self.sleeps_s: list[float] = []
+
+    async def sleep_s(self, seconds: float) -> None:
+        self.sleeps_s.append(seconds)
+        await super().sleep_s(seconds)
+
+
 class Watch:
     """Notes what a fetch tells."""
 
@@ -80,10 +91,11 @@ async def fetch(
     content: bytes = CONTENT,
     remote: RemoteFile | None = None,
     limits: FetchLimits = LIMITS,
+    clock: Clock | None = None,
 ) -> FetchedFile:
     """Fetch the file and compare it; held answers go on once so many requests have come."""
     asked = remote or RemoteFile("m.gguf", f"{server.url}/m.gguf")
-    async with fetcher(limits) as fetching, asyncio.timeout(15), asyncio.TaskGroup() as group:
+    async with fetcher(limits, clock=clock) as fetching, asyncio.timeout(15), asyncio.TaskGroup() as group:
         task = group.create_task(fetching.fetch(asked, folder, watch or Watch()))
         enough = group.create_task(server.asked(requests_before_going_on))
         await asyncio.wait({task, enough}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,6 +153,14 @@ async def test_a_server_that_bears_one_connection_gets_one(tmp_path: Path, refus
         watch = Watch()
         await fetch(server, tmp_path, watch, requests_before_going_on=4)
         assert watch.attempts == [1] and watch.reasons == []
+
+
+async def test_a_server_that_bears_two_is_not_asked_for_more_again_and_again(tmp_path: Path) -> None:
+    async with FaultServer(CONTENT, [HELD, HELD, Answer()], answering_max=2) as server:
+        watch, clock = Watch(), NotingClock()
+        await fetch(server, tmp_path, watch, requests_before_going_on=4, clock=clock)
+        assert watch.attempts == [1] and server.refused == 2
+        assert clock.sleeps_s == [], "nobody waits to ask again"
 
 
 async def test_a_connection_that_is_cut_beside_others_is_no_attempt(tmp_path: Path) -> None:
@@ -204,7 +224,7 @@ async def test_another_length_under_way_means_from_the_start(tmp_path: Path, wro
 @pytest.mark.parametrize(
     "nonsense",
     [
-        Answer(is_gzipped=True),
+        Answer(is_gzipped=True, has_length=False),
         Answer(content_range="bytes 0-9/1000000"),
         Answer(claimed_length=7),
         Answer(status=204),

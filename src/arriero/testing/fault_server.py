@@ -71,12 +71,18 @@ class SeenRequest:
 class FaultServer:
     """Serves `content` under every path.  Used as `async with FaultServer(content, [...]) as server`."""
 
-    def __init__(self, content: bytes, answers: list[Answer] | None = None) -> None:
+    def __init__(
+        self, content: bytes, answers: list[Answer] | None = None, *, answering_max: int | None = None
+    ) -> None:
         self.content = content
         self.answers = list(answers or [Answer()])
         self.requests: list[SeenRequest] = []
         #: Set by a test to let held answers go on.
         self.go_on = asyncio.Event()
+        #: More requests than this at a time are answered 503, beside the script.
+        self.answering_max = answering_max
+        self.refused = 0
+        self._answering = 0
         self._request_came = asyncio.Event()
         #: Set whenever a stalled or mute answer has sent all that it will send.
         self.is_stalling = asyncio.Event()
@@ -121,8 +127,16 @@ class FaultServer:
             request = SeenRequest(method, target, Parser().parsestr(rest))
             self.requests.append(request)
             self._request_came.set()
-            index = min(len(self.requests), len(self.answers)) - 1
-            await self._answer(self.answers[index], request, reader, writer)
+            if self.answering_max is not None and self._answering >= self.answering_max:
+                self.refused += 1
+                await self._answer(Answer(status=503), request, reader, writer)
+                return
+            index = min(len(self.requests) - self.refused, len(self.answers)) - 1
+            self._answering += 1
+            try:
+                await self._answer(self.answers[index], request, reader, writer)
+            finally:
+                self._answering -= 1
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         except asyncio.CancelledError:
