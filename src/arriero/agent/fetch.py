@@ -5,6 +5,7 @@ where the server can prove that it is the rest of the same file.  One attempt is
 what a server may answer in `fetch_http`, the disk in `partial`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -50,6 +51,9 @@ class Fetcher:
         Raises MODEL_NOT_FOUND, MODEL_ACCESS_DENIED, INSUFFICIENT_DISK at once; DOWNLOAD_FAILED,
         DOWNLOAD_TIMEOUT, MODEL_CORRUPTED after the last attempt.  What came is kept, but for wrong bytes.
         """
+        if remote.size_bytes is not None and remote.size_bytes <= 0:
+            # No model has no bytes: a source that says so does not know.
+            remote = replace(remote, size_bytes=None)
         wanted = Mark(url=remote.url, size_bytes=remote.size_bytes, sha256=remote.sha256)
         partial = await Partial.open(
             folder,
