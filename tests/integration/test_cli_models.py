@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.home import Home
+from tests.support.home import Home, until
 from tests.support.other_programs import ollama, sha256
 
 from arriero.testing.gguf_writer import write_llama
@@ -155,6 +155,19 @@ def test_the_catalog_is_backed_up_and_restored(home: Home, tmp_path: Path) -> No
     nowhere = home.run("models", "backup", "/nonexistent/x.db")
     assert nowhere.code == 1 and "error: STATE_DIR_UNUSABLE: " in nowhere.err
     assert home.run("models", "restore", "/nonexistent/x.db").code == 1
+
+
+def test_a_damaged_catalog_is_rebuilt_and_said_aloud(home: Home, tmp_path: Path) -> None:
+    record = imported(home, write_llama(tmp_path / "tiny.gguf"), "hf:o/kept:Q8_0")
+    home.run("down")
+    home.state.catalog_db.write_bytes(b"SQLite format 3\0" + os.urandom(20_000))
+    home.up()
+    until("the model is read and entered again", lambda: refs(home) == {"hf:o/kept:Q8_0"})
+    listed = home.run("models", "list")
+    assert "note: the catalog was corrupt: set aside as catalog.db.corrupt-1" in listed.err
+    again = home.run("models", "list", "--json").json["models"][0]
+    assert (again["sha256"], again["model_id"]) == (record["sha256"], record["model_id"])
+    assert home.state.catalog_db.with_name("catalog.db.corrupt-1").stat().st_size == 20_016
 
 
 def test_a_whole_models_folder_comes_in_by_a_stick(home: Home, tmp_path: Path) -> None:

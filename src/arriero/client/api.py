@@ -208,7 +208,11 @@ class Agent(ModelCalls):
 
     def models(self) -> list[ModelRecord]:
         """Return the machine's catalog."""
-        return self.call("GET", "/v1/models", ModelList).models
+        return self.catalog().models
+
+    def catalog(self) -> ModelList:
+        """Return the machine's catalog, with what was put right in it at start."""
+        return self.call("GET", "/v1/models", ModelList)
 
     def model_of(self, model_ref: str) -> ModelRecord:
         """Return the model of a reference.  Raises MODEL_NOT_FOUND."""

@@ -327,6 +327,8 @@ class ModelList(msgspec.Struct, frozen=True):
     """`GET /v1/models` of an agent."""
 
     models: list[ModelRecord]
+    #: What was found and put right when the agent started: sentences.
+    notices: list[str] = []
 
 
 class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ def catalog_routes(
     @get("/v1/models")
     async def list_models() -> ModelList:
         """Return the catalog."""
-        return ModelList(await catalog.records())
+        return ModelList(await catalog.records(), catalog.notices)
 
     @get("/v1/models/{model_id:str}")
     async def one_model(model_id: FromPath[str]) -> ModelRecord:

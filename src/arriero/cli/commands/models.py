@@ -89,10 +89,13 @@ def list_models(*, node: str | None, of_pool: bool, as_json: bool) -> int:
     """List the verified models in a machine's catalog."""
     if of_pool or (node is None and discovery.given_orchestrator() is not None):
         return _list_pool(as_json=as_json)
-    found = model_agent.running_agent(node).models()
+    catalog = model_agent.running_agent(node).catalog()
+    found = catalog.models
     if as_json:
-        render.data({"models": found})
+        render.data(catalog)
         return Exit.OK
+    for notice in catalog.notices:
+        render.note(f"note: {notice}")
     render.table(
         ("model", "size", "quantisation", "architecture", "context", "used", "source", "pinned", "id"),
         [
