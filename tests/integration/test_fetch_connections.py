@@ -58,6 +58,7 @@ class Watch:
         self.attempts: list[int] = []
         self.reasons: list[str] = []
         self.counts: list[int] = []
+        self.has_bytes = asyncio.Event()
 
     def attempting(self, attempt: int) -> None:
         self.attempts.append(attempt)
@@ -71,6 +72,8 @@ class Watch:
 
     def advance(self, downloaded_bytes: int, total_bytes: int | None) -> None:
         self.counts.append(downloaded_bytes)
+        if downloaded_bytes:
+            self.has_bytes.set()
 
 
 @asynccontextmanager
@@ -344,6 +347,29 @@ async def test_the_room_of_other_downloads_counts_as_taken(tmp_path: Path) -> No
     assert failed.value.code is ErrorCode.INSUFFICIENT_DISK and "other downloads" in failed.value.message
     short_mb = failed.value.details["required_mb"] - failed.value.details["available_mb"]
     assert abs(failed.value.details["shortfall_mb"] - short_mb) <= 1
+
+
+async def test_room_that_shrinks_under_way_is_noticed_and_what_came_is_kept(tmp_path: Path) -> None:
+    budget = Budget(SystemClock())
+    older = budget.reserve(tmp_path)
+    limits = dataclasses.replace(LIMITS, room_bytes=PART_BYTES, connections=1)
+    async with FaultServer(CONTENT, [Answer(hold_after=5_000)]) as server:
+        remote, watch = RemoteFile("m.gguf", f"{server.url}/m.gguf"), Watch()
+
+        async def shrink() -> None:
+            await watch.has_bytes.wait()
+            older.note(2 * shutil.disk_usage(tmp_path).free)
+            server.go_on.set()
+
+        async with fetcher(limits, budget=budget) as fetching, asyncio.TaskGroup() as group:
+            group.create_task(shrink())
+            with pytest.raises(ArrieroError) as failed:
+                await fetching.fetch(remote, tmp_path, watch)
+        assert failed.value.code is ErrorCode.INSUFFICIENT_DISK
+        assert 0 < (tmp_path / "m.gguf.part").stat().st_size < SIZE_BYTES
+        older.release()
+        await fetch(server, tmp_path)
+        assert server.requests[-1].range != f"bytes=0-{4 * PART_BYTES - 1}"
 
 
 # --- Time ------------------------------------------------------------------------------------

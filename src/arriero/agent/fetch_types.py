@@ -29,8 +29,8 @@ class FetchLimits:
     part_bytes: int = 4 * _MIB
     #: One request asks for no more than this, where there are several connections.
     range_bytes: int = 32 * _MIB
-    #: What came and is not written yet, of all connections; beyond it they wait.
-    buffer_bytes: int = 8 * _MIB
+    #: What may wait to be written, of all connections, and as much may be on its way to the disk.
+    buffer_bytes: int = 4 * _MIB
     #: The disk's room is looked at again whenever so much was written.
     room_bytes: int = 64 * _MIB
     #: For all downloads together; 0: no cap.

@@ -110,7 +110,7 @@ class ModelProvisioner:
             await self._own_group.__aenter__()
         await self._http.__aenter__()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0),
             auto_decompress=False,
             # Signed addresses are long; nothing of one download is told to another.
             max_line_size=65_536,
