@@ -30,6 +30,7 @@ from arriero.agent.catalog_entry import (
     write_card,
 )
 from arriero.agent.files import disk_error, in_thread
+from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile, ModelRecord
 from arriero.runtime import logs
@@ -354,7 +355,7 @@ def _read_folders(models_dir: Path, known: set[str]) -> tuple[list[CatalogEntry]
     """Return what the cards of folders without an entry claim, and a sentence for each without belief."""
     found, problems = [], []
     for folder in sorted(models_dir.iterdir()):
-        if not claims.MODEL_ID.fullmatch(folder.name) or folder.name in known:
+        if not names.is_model_id(folder.name) or folder.name in known:
             continue
         try:
             entry = claims.read_folder(folder)

@@ -6,7 +6,6 @@ passed is still only a claim: it becomes an entry once `verified` has read every
 """
 
 import os
-import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +23,14 @@ from arriero.agent.catalog_entry import (
 from arriero.agent.files import in_thread, sha256_of
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.names import FileName, ModelId, Sha256
 from arriero.contracts.records import ModelFile, ModelRecord
 from arriero.engines.base import ModelFacts
 
 CARD_BYTES_MAX: Final = 1024 * 1024
 FILES_MAX: Final = 1024
-MODEL_ID: Final = re.compile(r"m-[0-9a-f]{12}")
 
 Inspect = Callable[[Path], ModelFacts]
-_Id = Annotated[str, msgspec.Meta(pattern=r"\Am-[0-9a-f]{12}\Z")]
-#: A plain name: no separator of any system, no leading dot (hidden files, `.` and `..`), nothing unprintable.
-FileName = Annotated[
-    str,
-    msgspec.Meta(
-        min_length=1, max_length=255, pattern=r"\A(?!\.)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
-    ),
-]
-Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _Words = Annotated[str, msgspec.Meta(max_length=300, pattern=r"\A[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _Unix = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]
@@ -51,16 +41,16 @@ class ClaimedFile(msgspec.Struct, frozen=True, kw_only=True):
 
     name: FileName
     size_bytes: _Count
-    sha256: Digest
+    sha256: Sha256
     modified_ns: _Count = 0
 
 
 class ClaimedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A `ModelRecord` as a stranger gives it, with bounds on everything; unknown fields are passed over."""
 
-    model_id: _Id
+    model_id: ModelId
     model_ref: Annotated[str, msgspec.Meta(max_length=refs.REF_LENGTH_MAX)]
-    sha256: Digest
+    sha256: Sha256
     added_unix: _Unix = 0.0
     last_used_unix: _Unix = 0.0
     times_used: _Count = 0

@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 
 from arriero.agent import claims
 from arriero.agent.catalog_entry import CARD_NAME
-from arriero.contracts import refs
+from arriero.contracts import names, refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import ImportRefusal, ModelFile, ModelRecord
 
@@ -233,7 +233,7 @@ class _Walk:
             paths = [folder / file.name for file in files]
             model = _model_of(paths, self._name(folder), root=self._root)
         except claims.Unbelievable as error:
-            if not claims.MODEL_ID.fullmatch(folder.name):
+            if not names.is_model_id(folder.name):
                 return False
             self._plan.refuse(self._name(folder), ArrieroError(ErrorCode.MODEL_CORRUPTED, str(error)))
         except ArrieroError as error:
