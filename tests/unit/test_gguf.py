@@ -287,7 +287,7 @@ def test_arrays_of_numbers_that_nobody_asked_for_are_not_kept(tmp_path: Path) ->
 
 
 def test_many_long_names_cost_little_more_than_themselves(tmp_path: Path) -> None:
-    """A quarter of what can be, since the tracing is slow: so a quarter of 64 MB."""
+    """A part of what can be, since the tracing is slow: so a quarter of 64 MB."""
     file = w.llama_file()
     file.keys += [(f"{number}" + "\x01" * 1000, w.STRING, "\x01" * 512) for number in range(1_000)]
     file.tensors = [w.Tensor(f"{number:05}" + "\u200b" * 19, (1, 1, 1, 1), 0) for number in range(8_192)]

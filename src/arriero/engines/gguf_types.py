@@ -124,7 +124,7 @@ EMBEDDING_ARCHITECTURES: Final = frozenset(
 
 # Real files: 60 keys, 2,000 tensors, 262,000 tokens, 600,000 merges, a template of 50 KB.
 KEYS_MAX: Final = 4_096
-TENSORS_MAX: Final = 32_768
+TENSORS_MAX: Final = 16_384
 KEY_BYTES_MAX: Final = 1_024
 #: The engine's own limit: 64 with the closing zero.
 TENSOR_NAME_BYTES_MAX: Final = 63
