@@ -23,6 +23,7 @@ from arriero.client.api import download_frames
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame
 from arriero.contracts.refs import HfRef, parse
+from arriero.testing import gguf_writer
 from arriero.testing.agents import AgentProcess
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.hub import HubServer
@@ -90,6 +91,13 @@ async def test_an_unknown_quantisation_is_told_with_those_there_are_and_the_near
     assert f"near: {error.details['near'][0]}" in error.message
 
 
+def _projector(folder: Path) -> bytes:
+    file = gguf_writer.llama_file()
+    file.set("general.architecture", gguf_writer.STRING, "clip")
+    file.set("general.type", gguf_writer.STRING, "mmproj")
+    return file.write(folder / "mmproj.gguf").read_bytes()
+
+
 async def test_a_projector_is_taken_along_and_comes_last(tmp_path: Path) -> None:
     files = {name: gguf(seed) for seed, name in enumerate(("m-Q8_0.gguf", "mmproj-BF16.gguf"), 1)}
     async with HubServer() as hub, kit_in(tmp_path, hf_endpoint=hub.url) as kit:
@@ -100,8 +108,14 @@ async def test_a_projector_is_taken_along_and_comes_last(tmp_path: Path) -> None
         assert (await _resolve(hub, "hf:o/r/m-Q8_0.gguf")).projector == "mmproj-BF16.gguf"
         alone = await _resolve(hub, "hf:o/r/mmproj-BF16.gguf")
         assert (_names(alone), alone.projector) == (["mmproj-BF16.gguf"], "")
-        _, path = await kit.provisioner.ensure("hf:o/r")
-        assert (path.parent / "mmproj-BF16.gguf").read_bytes() == gguf(2)
+        # What comes along is checked as well: this one is no projector.
+        with pytest.raises(ArrieroError) as refused:
+            await kit.provisioner.ensure("hf:o/r")
+        assert refused.value.code is ErrorCode.MODEL_CORRUPTED and "mmproj-BF16.gguf" in refused.value.message
+        files["mmproj-BF16.gguf"] = _projector(tmp_path)
+        hub.add("o/r", files)
+        record, path = await kit.provisioner.ensure("hf:o/r")
+        assert (path.parent / record.projector).read_bytes() == files["mmproj-BF16.gguf"]
 
 
 async def test_names_that_are_equal_but_for_their_folders_stay_apart() -> None:

@@ -29,6 +29,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile
 from arriero.contracts.requests import PeerSource
 from arriero.domain.download_states import DOWNLOADS
+from arriero.engines import gguf
 from arriero.engines.base import ModelFacts
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
@@ -281,6 +282,8 @@ class Obtainer:
         job.downloading()
         job.source = source
         facts = await asyncio.to_thread(self._inspect, paths[0])
+        if projector:
+            await asyncio.to_thread(gguf.check_projector, paths[-1])
         job.verifying()
         files = []
         try:
@@ -351,7 +354,7 @@ class Obtainer:
         """Read the header, write the card, rename the folder into place, enter it."""
         try:
             ready = await in_thread(lambda: partial_folder.gather(folder, fetched))
-            facts = await self._inspect_or_drop(ready / fetched[0].name, folder)
+            facts = await self._inspect_or_drop(ready, fetched[0].name, supply.projector, folder)
             files = await in_thread(lambda: partial_folder.describe(ready, fetched))
         except OSError as error:
             raise disk_error(error, "a model was put in place") from error
@@ -370,9 +373,11 @@ class Obtainer:
         await in_thread(lambda: partial_folder.drop(folder))
         return entry
 
-    async def _inspect_or_drop(self, path: Path, folder: Path) -> ModelFacts:
+    async def _inspect_or_drop(self, ready: Path, name: str, projector: str, folder: Path) -> ModelFacts:
         try:
-            return await asyncio.to_thread(self._inspect, path)
+            if projector:
+                await asyncio.to_thread(gguf.check_projector, ready / projector)
+            return await asyncio.to_thread(self._inspect, ready / name)
         except ArrieroError:
             # All bytes are as the source has them, and they are no model: going on is of no use.
             await in_thread(lambda: partial_folder.drop(folder))
