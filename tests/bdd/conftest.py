@@ -15,7 +15,7 @@ from tests.bdd.world import World
 SCENARIO_S = 60
 STEP_MODULES = (
     "checks", "pools", "downloads", "loading", "tokens", "health", "states", "starting", "models",
-    "deadlines", "exhaustion",
+    "deadlines", "exhaustion", "hub",
 )  # fmt: skip
 
 # pytest-bdd finds steps among a conftest's own names.

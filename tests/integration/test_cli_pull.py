@@ -48,13 +48,12 @@ def downloads(home: Home) -> list[dict[str, Any]]:
     return found
 
 
-def in_the_middle(home: Home) -> dict[str, Any]:
-    """Wait until a download has bytes and is not over; return it."""
+def in_the_middle(home: Home, least_bytes: int = 1) -> dict[str, Any]:
+    """Wait until a download has so many bytes and is not over; return it."""
 
     def look() -> dict[str, Any] | None:
-        return next(
-            (d for d in downloads(home) if d["state"] == "downloading" and d["bytes_downloaded"]), None
-        )
+        running = [download for download in downloads(home) if download["state"] == "downloading"]
+        return next((d for d in running if d["bytes_downloaded"] >= least_bytes), None)
 
     return until("a download is under way", look)
 
@@ -116,8 +115,8 @@ def test_an_interrupted_pull_leaves_the_download_and_the_next_goes_on(home: Home
         assert left["state"] == "cancelled" and left["bytes_downloaded"] > 0
 
         kept = home.start("models", "pull", "--keep", "hf:o/r")
-        again = in_the_middle(home)
-        assert again["bytes_downloaded"] >= left["bytes_downloaded"]
+        # What was kept is read through once more before it counts.
+        again = in_the_middle(home, left["bytes_downloaded"])
         ended = cli.interrupt(kept)
         assert ended.code == 130 and "goes on fetching hf:o/r" in ended.err
         assert (
@@ -172,7 +171,7 @@ def test_a_model_is_copied_from_another_agent(home: Home, repo: Path) -> None:
         assert pulled.code == 0, pulled
         second = pulled.json["model"]
         assert second["sha256"] == first["model"]["sha256"] and second["files"] == first["model"]["files"]
-        assert second["source"].startswith(("node", "another node"))
+        assert second["source"] == "node attic"
         assert home.run("models", "verify", "--all").code == 0
         attic.run("down")
     nobody = home.run("models", "pull", "--from", "/nonexistent", "hf:o/r:Q4_K_M")

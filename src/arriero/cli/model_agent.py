@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -13,6 +14,8 @@ from arriero.client.api import Agent, Orchestrator
 from arriero.client.connection import Limits
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import ModelRecord
+from arriero.contracts.requests import PeerSource
+from arriero.runtime.state_dir import StateDir
 
 node_option = click.option(
     "--node", metavar="NAME", help="A machine of the pool; default: this one, or the only one there is."
@@ -53,6 +56,18 @@ def _only_node(client: Orchestrator) -> str:
             nodes=names,
         )
     return names[0]
+
+
+def peer_of(home: Path) -> PeerSource:
+    """Return the agent that runs with another state folder on this machine, as a source of models.
+
+    Raises NOT_RUNNING if none does, NODE_UNREACHABLE if it does not answer.
+    """
+    found = discovery.running_agent(StateDir(home.expanduser().absolute()))
+    if found is None:
+        raise ArrieroError(ErrorCode.NOT_RUNNING, f"no agent runs with the state folder {home}")
+    name = Agent(found.url, found.token, limits=_LIMITS).health().name
+    return PeerSource(url=found.url, token=found.token, node=name)
 
 
 def find(agent: Agent, wanted: str) -> ModelRecord:

@@ -230,6 +230,10 @@ class Agent(ModelCalls):
         path = f"/v1/models/{quote(model_id, safe='')}/verify"
         return self.call("POST", path, ModelRecord, timeout_s=timeout_s)
 
+    def downloads(self) -> list[DownloadRecord]:
+        """Return the machine's downloads, running and ended."""
+        return self.call("GET", "/v1/downloads", DownloadList).downloads
+
     def start_download(self, model_ref: str) -> DownloadStarted:
         """Begin to fetch a model."""
         return self.call(

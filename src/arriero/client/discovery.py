@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.contracts.requests import PeerSource
 from arriero.runtime import settings
 from arriero.runtime.processes import is_alive
 from arriero.runtime.state_dir import StateDir, worker_identity
@@ -70,18 +69,6 @@ def agent(env: Mapping[str, str] | None = None) -> Address:
     if found is None:
         raise ArrieroError(ErrorCode.NOT_RUNNING, "no agent runs with this state folder")
     return found
-
-
-def peer_of(home: Path) -> PeerSource:
-    """Return the agent that runs with another state folder on this machine, as a source of models.
-
-    Raises NOT_RUNNING if none does.
-    """
-    state = StateDir(home.expanduser().absolute())
-    found = running_agent(state)
-    if found is None:
-        raise ArrieroError(ErrorCode.NOT_RUNNING, f"no agent runs with the state folder {home}")
-    return PeerSource(url=found.url, token=found.token)
 
 
 def token_for(url: str, env: Mapping[str, str] | None = None) -> str:

@@ -75,6 +75,7 @@ class Pool:
             "engine_threads": 1,
             **(settings or {}),
         }
+        self._variables: dict[str, str] = {}
         self._daemons: dict[Role, subprocess.Popen[bytes]] = {}
         self._was_killed = False
 
@@ -96,6 +97,7 @@ class Pool:
         return {
             **kept,
             **own,
+            **self._variables,
             "ARRIERO_HOME": str(self.state.home),
             "XDG_RUNTIME_DIR": str(self.socket_dirs),
             "PYTHONUNBUFFERED": "1",
@@ -105,6 +107,10 @@ class Pool:
     def setting(self, name: str, value: object) -> None:
         """Change a setting; programs that run already do not hear of it."""
         self._settings[name] = value
+
+    def variable(self, name: str, value: str) -> None:
+        """Set an environment variable that is no setting of ours, for programs started from now on."""
+        self._variables[name] = value
 
     def start(self, *roles: Role, prefix: Sequence[str] = ()) -> None:
         """Start daemons (both without `roles`) and wait until they answer.

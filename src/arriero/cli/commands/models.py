@@ -66,7 +66,7 @@ def pull(
     from arriero.cli import pulling
 
     refs.parse(ref)
-    peers = [discovery.peer_of(home) for home in homes]
+    peers = [model_agent.peer_of(home) for home in homes]
     narrator = Narrator(is_quiet=quiet)
     body = DownloadBody(model_ref=ref, node=node, peers=peers, clean=clean)
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
