@@ -11,7 +11,7 @@ PARTS = {
     "lint": ["ruff", "check", "--quiet", "src", "tests", "tools"],
     "types": ["mypy", "--no-error-summary"],
     "imports": ["lint-imports", "--no-logo"],
-    "unit tests": ["pytest", "-q", "-p", "no:cacheprovider", "tests/unit"],
+    "unit tests": ["pytest", "-q", "-n", "2", "-m", "not costly", "-p", "no:cacheprovider", "tests/unit"],
 }
 
 

@@ -115,6 +115,7 @@ def test_no_name_leads_out_of_a_folder(name: str) -> None:
     assert "\0" not in file.name and file.name.encode()
 
 
+@pytest.mark.costly
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -327,6 +327,7 @@ def test_a_scan_has_an_end(tmp_path: Path) -> None:
     assert len(list(root.files(tmp_path, depth=1))) <= 3 and budget.entries < 0
 
 
+@pytest.mark.costly
 def test_of_many_models_so_many_are_told(tmp_path: Path) -> None:
     models = tmp_path / ".lmstudio/models/o/r"
     models.mkdir(parents=True)

@@ -233,12 +233,14 @@ def large_vocabulary(path: Path, count: int) -> Path:
     return file.write(path)
 
 
+@pytest.mark.costly
 def test_a_large_vocabulary_is_stepped_over(tmp_path: Path) -> None:
     """It took 0.15 s of CPU when this was written; the test's own limit is what bounds it here."""
     path = large_vocabulary(tmp_path / "m.gguf", 150_000)
     assert gguf.inspect(path).vocabulary_size == 150_000
 
 
+@pytest.mark.costly
 def test_a_large_vocabulary_costs_no_memory(tmp_path: Path) -> None:
     # Fewer than above, since the tracing is slow; still many times the window.
     path = large_vocabulary(tmp_path / "m.gguf", 30_000)
@@ -286,6 +288,7 @@ def test_arrays_of_numbers_that_nobody_asked_for_are_not_kept(tmp_path: Path) ->
     assert most_memory(header_only(tmp_path / "m.gguf", file)) < 8_000_000
 
 
+@pytest.mark.costly
 def test_many_long_names_cost_little_more_than_themselves(tmp_path: Path) -> None:
     """A part of what can be, since the tracing is slow: so a quarter of 64 MB."""
     file = w.llama_file()
@@ -372,6 +375,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return bytes(raw[: draw(st.sampled_from([len(raw), 100, 2_000, 6_000, 100_000]))])
 
 
+@pytest.mark.costly
 @given(raw=mutated_files())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_file_it_is_facts_or_one_of_our_errors(tmp_path: Path, raw: bytes) -> None:

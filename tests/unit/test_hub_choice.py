@@ -157,6 +157,7 @@ STEM = st.from_regex(r"[A-Za-z][a-z]{0,8}([.-][0-9]{1,2}[bB])?", fullmatch=True)
 )
 
 
+@pytest.mark.costly
 @given(stem=STEM, quant=QUANT, separator=st.sampled_from("-."), lower=st.booleans())
 def test_a_quantisation_is_read_from_any_usual_name_and_chosen_by_it(
     stem: str, quant: str, separator: str, lower: bool

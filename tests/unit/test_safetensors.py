@@ -144,6 +144,7 @@ def worst_cases() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", worst_cases())
 def test_no_header_costs_much(tmp_path: Path, name: str) -> None:
     """Each took under half a second of CPU when this was written; the test's own limit is what bounds it here."""
@@ -162,6 +163,7 @@ def test_no_header_costs_much(tmp_path: Path, name: str) -> None:
     assert most < (8_000_000 if name == "many tensors" else 64_000_000)
 
 
+@pytest.mark.costly
 def test_the_number_of_tensors_has_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     assert safetensors.inspect(write(path, tensors(safetensors.TENSORS_MAX), 0)).parameters == 0
@@ -182,6 +184,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(raw)
 
 
+@pytest.mark.costly
 @given(raw=mutated(), data=st.sampled_from([42, 42, 42, 0, 41, 1000]))
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_header_it_is_facts_or_one_of_our_errors(tmp_path: Path, raw: bytes, data: int) -> None:
