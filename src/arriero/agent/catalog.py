@@ -29,7 +29,7 @@ from arriero.agent.catalog_entry import (
     whole_sha256,
     write_card,
 )
-from arriero.agent.files import disk_error, in_thread
+from arriero.agent.files import disk_error, in_thread, is_text
 from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile, ModelRecord
@@ -94,6 +94,8 @@ class ModelCatalog:
             models_dir = await in_thread(lambda: _make_folders(database_path.parent, models_dir))
         except OSError as error:
             raise disk_error(error, "it was created") from error
+        if not is_text(models_dir):
+            raise ArrieroError(ErrorCode.STATE_DIR_UNUSABLE, "the path of the models folder is no UTF-8")
         database = await Database.open(database_path, read_migrations(MIGRATIONS))
         catalog = cls(database, models_dir, clock, inspect)
         try:
