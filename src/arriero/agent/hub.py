@@ -14,7 +14,6 @@ import httpx2  # What huggingface_hub speaks HTTP with: its own errors do not co
 import huggingface_hub
 import huggingface_hub.constants  # Without this it appears only once something else has imported it.
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import validate_repo_id
 
 from arriero.agent import hub_http
 from arriero.agent.fetch import RemoteFile
@@ -183,7 +182,7 @@ def _is_repo(name: object) -> bool:
     if not isinstance(name, str) or not _REPO.fullmatch(name):
         return False
     try:
-        validate_repo_id(name)
+        huggingface_hub.hf_hub_url(name, "x")
     except hub_errors.HFValidationError:
         return False
     return True
