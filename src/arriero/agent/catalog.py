@@ -29,7 +29,7 @@ from arriero.agent.catalog_entry import (
     whole_sha256,
     write_card,
 )
-from arriero.agent.files import disk_error, in_thread
+from arriero.agent.files import disk_error, in_thread, is_text
 from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile, ModelRecord
@@ -94,6 +94,8 @@ class ModelCatalog:
             models_dir = await in_thread(lambda: _make_folders(database_path.parent, models_dir))
         except OSError as error:
             raise disk_error(error, "it was created") from error
+        if not is_text(models_dir):
+            raise ArrieroError(ErrorCode.STATE_DIR_UNUSABLE, "the path of the models folder is no UTF-8")
         database = await Database.open(database_path, read_migrations(MIGRATIONS))
         catalog = cls(database, models_dir, clock, inspect)
         try:
@@ -195,7 +197,10 @@ class ModelCatalog:
         for old in {entry.record.model_id: entry.record for entry in replaced}.values():
             self._waiting.pop(old.model_id, None)
             if old.model_id != entry.record.model_id and not old.is_external:
-                await in_thread(functools.partial(remove_folder, self.models_dir / old.model_id))
+                try:
+                    await in_thread(functools.partial(remove_folder, self.models_dir / old.model_id))
+                except OSError as error:
+                    self._log.warning("folder_not_removed", model_id=old.model_id, reason=error.strerror)
 
     async def add_new(self, entries: Sequence[CatalogEntry]) -> list[CatalogEntry]:
         """Enter verified models, all at once or none; return those whose reference and id were new."""
@@ -207,7 +212,8 @@ class ModelCatalog:
         """Give a folder of whole, verified files its final name, with its card, and enter it.
 
         `ready` is a folder below `models_dir`; it is gone afterwards, also where the model is there
-        already.  Raises INSUFFICIENT_DISK and STATE_DIR_UNUSABLE; then nothing is visible.
+        already.  Raises INSUFFICIENT_DISK and STATE_DIR_UNUSABLE; then nothing is visible, and what is
+        in place already is taken in when it is asked for.
         """
         target = self.models_dir / record.model_id
         entry = CatalogEntry(record, tuple(files), tuple(target / file.name for file in files))
@@ -218,10 +224,14 @@ class ModelCatalog:
                 return present
             try:
                 await in_thread(lambda: put_in_place(ready, target, Card(record=record, files=list(files))))
+                self._waiting.pop(record.model_id, None)
+                await self.add(entry)
             except OSError as error:
                 raise disk_error(error, "a model was put in place") from error
-            self._waiting.pop(record.model_id, None)
-            await self.add(entry)
+            except (ArrieroError, asyncio.CancelledError):
+                # It is in place and not entered: whoever asks for it next has it read through.
+                self._waiting[record.model_id] = _Waiting(entry)
+                raise
         return entry
 
     async def touch(self, model_id: str) -> None:
@@ -251,12 +261,19 @@ class ModelCatalog:
                 self._log.warning("card_not_written", model_id=entry.record.model_id, reason=error.strerror)
 
     async def remove(self, model_id: str) -> ModelRecord:
-        """Forget a model and delete its files, unless they are external.  Raises MODEL_NOT_FOUND."""
+        """Forget a model and delete its files, unless they are external.
+
+        Raises MODEL_NOT_FOUND, and STATE_DIR_UNUSABLE where its files cannot be removed.
+        """
         entry = await self.by_id(model_id)
-        await self._forget(model_id)
-        if not entry.record.is_external:
-            # The files go last: a folder that is left over is taken in again, never half a model.
-            await in_thread(lambda: remove_folder(self.models_dir / model_id))
+        async with self._placing:  # Not while the same content comes into its place once more.
+            await self._forget(model_id)
+            if not entry.record.is_external:
+                # The files go last: a folder that is left over is taken in again, never half a model.
+                try:
+                    await in_thread(lambda: remove_folder(self.models_dir / model_id))
+                except OSError as error:
+                    raise disk_error(error, "a model was removed") from error
         return entry.record
 
     async def verify(self, model_id: str, on_read: Callable[[int], None] = lambda _: None) -> ModelRecord:
@@ -325,6 +342,9 @@ class ModelCatalog:
             if self._waiting.get(model_id) is not waiting:
                 return
             ref = waiting.entry.record.model_ref
+            if await self._find("model_id", model_id) is not None:
+                self._waiting.pop(model_id, None)  # Entered in the moment in which it was given up.
+                return
             try:
                 entry = await claims.verified(waiting.entry, self._inspect)
             except ArrieroError as error:

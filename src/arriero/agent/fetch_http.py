@@ -49,9 +49,10 @@ class Answer:
 
     @property
     def etag(self) -> str:
-        """The strong ETag, empty if there is none."""
+        """The strong ETag, empty if there is none that could be sent back."""
         etag = self.response.headers.get("ETag", "")
-        return etag if etag.startswith('"') else ""
+        # Bytes that are no UTF-8 come as surrogates, which nothing takes.
+        return etag if etag.startswith('"') and etag.isprintable() else ""
 
     def told_range(self) -> tuple[Run | None, int | None]:
         """Return which bytes a Content-Range names, and how many there are in all."""
@@ -140,7 +141,7 @@ class Origin:
             # A limit for the head as a whole: one that trickles in is as good as none.
             async with asyncio.timeout(self._limits.connect_s + self._limits.stall_s):
                 answer = await self._ask_target(asked, headers) or await self._follow(asked, headers)
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             self._target = None
             raise self.failure(error) from error
         try:
@@ -166,6 +167,9 @@ class Origin:
             return AttemptFailed(f"{self.host} cannot be connected to: {error.strerror or 'refused'}")
         if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | OSError):
             return AttemptFailed(f"the connection to {self.host} was cut")
+        if isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
+            # Such as a label of more than 63 letters, where it or a redirect leads to, or in a proxy's name.
+            return AttemptFailed(f"{self.host} leads to an address that is none")
         return AttemptFailed(f"{self.host} answers what is no valid HTTP ({type(error).__name__})")
 
     # --- Sending ------------------------------------------------------------------------------

@@ -38,6 +38,15 @@ async def in_thread(work: Callable[[], T]) -> T:
         raise
 
 
+def is_text(path: Path) -> bool:
+    """Return whether a path can be written down: in the catalog, in a message, in a worker's order."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def disk_error(error: OSError, doing: str) -> ArrieroError:
     """Return `error` of our own folder as an expected failure: INSUFFICIENT_DISK or STATE_DIR_UNUSABLE."""
     if error.errno in _FULL:

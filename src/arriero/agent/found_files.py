@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from arriero.agent.files import is_text
 from arriero.agent.hub_choice import (
     HubFile,
     folder_of,
@@ -149,12 +150,15 @@ class Root:
 
 
 def roots(candidates: Sequence[Path | None]) -> list[Root]:
-    """Return those folders that exist, each once, links to them followed."""
+    """Return those folders that exist, each once, links to them followed.
+
+    One whose path is no text is left out: no catalog could tell where its models are.
+    """
     found: dict[Path, Root] = {}
     for path in candidates:
         try:
             real = path.resolve(strict=True) if path is not None and path.is_absolute() else None
-            if real is not None and real.is_dir():
+            if real is not None and real.is_dir() and is_text(real):
                 found.setdefault(real, Root(real))
         except (OSError, ValueError, RuntimeError):
             continue

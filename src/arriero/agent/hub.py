@@ -106,7 +106,7 @@ class Hub:
                 token=token.text or False,
             )
         )
-        repo = answer.id if isinstance(answer.id, str) and _REPO.fullmatch(answer.id) else ref.repo
+        repo = answer.id if _is_repo(answer.id) else ref.repo
         commit = _commit(answer.sha)
         files = _files(answer.siblings or [])
         now = HfRef(repo, ref.quant, ref.path, ref.revision)
@@ -133,7 +133,10 @@ class Hub:
 
     def _page(self, repo: str) -> str:
         """Return the address of a repository's page, without what the endpoint holds of credentials."""
-        split = urlsplit(self._endpoint or huggingface_hub.constants.ENDPOINT)
+        try:
+            split = urlsplit(self._endpoint or huggingface_hub.constants.ENDPOINT)
+        except ValueError:
+            return repo  # The look-up itself tells that the endpoint is no address.
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}/{repo}"
 
 
@@ -172,6 +175,17 @@ def _files(siblings: Sequence[Any]) -> list[HubFile]:
         size = entry.size if entry.size is not None else getattr(entry.lfs, "size", None)
         found[path] = HubFile(path, _size(size), _sha256(getattr(entry.lfs, "sha256", None)))
     return list(found.values())
+
+
+def _is_repo(name: object) -> bool:
+    """Return whether a repository may be called so: the client asks for no other."""
+    if not isinstance(name, str) or not _REPO.fullmatch(name):
+        return False
+    try:
+        huggingface_hub.hf_hub_url(name, "x")
+    except hub_errors.HFValidationError:
+        return False
+    return True
 
 
 def _is_path(path: object) -> bool:

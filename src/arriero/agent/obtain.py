@@ -97,8 +97,8 @@ class Obtainer:
         self._limits = limits
         self._hub = hub.Hub(hf_endpoint, timeout_s=limits.connect_s)
         self._fetcher = Fetcher(session, clock, entropy, limits, Budget(clock, limits.rate_bytes_per_s))
-        #: Who fetches which content now: the same file is never fetched twice at a time.
-        self._turns: dict[str, Job] = {}
+        #: Who fetches into which folder now, one for each content: no file is fetched twice at a time.
+        self._turns: dict[Path, Job] = {}
 
     async def obtain(self, job: Job, parsed: refs.ModelRef, wishes: Wishes) -> CatalogEntry:
         """Return the entry of the job's reference, entered in the catalog; tells the job the way."""
@@ -184,7 +184,8 @@ class Obtainer:
 
     async def _from(self, job: Job, supply: Supply) -> CatalogEntry:
         content = ",".join(supply.sha256s) or job.model_ref
-        async with self._turn(content, job):
+        folder = partial_folder.path_of(self._catalog.models_dir, content)
+        async with self._turn(folder, job):
             if supply.sha256s:
                 here = await self._catalog.with_content(supply.sha256s)
                 if here is not None and (entry := await self._shared(job, here, supply)) is not None:
@@ -192,34 +193,48 @@ class Obtainer:
                 if (entry := await self._found(job, supply)) is not None:
                     return entry
             job.source = supply.source
-            return await self._fetch_all(
-                job, supply, partial_folder.path_of(self._catalog.models_dir, content)
-            )
+            return await self._fetch_all(job, supply, folder)
+
+    async def drop(self, job: Job) -> None:
+        """Remove what was fetched for a job, unless another one goes on with it already."""
+        folder = job.folder
+        if folder is None or folder in self._turns:
+            return
+        self._turns[folder] = job
+        try:
+            await in_thread(lambda: partial_folder.drop(folder))
+        finally:
+            del self._turns[folder]
 
     @asynccontextmanager
-    async def _turn(self, content: str, job: Job) -> AsyncGenerator[None, None]:
+    async def _turn(self, folder: Path, job: Job) -> AsyncGenerator[None, None]:
         """Wait until nobody else fetches this content, telling what they tell; then be the one."""
-        while (other := self._turns.get(content)) is not None:
+        while (other := self._turns.get(folder)) is not None:
             frames = other.frames()
             try:
                 async for _, frame in frames:
                     job.source = frame.source
                     job.advance(frame.bytes_downloaded, frame.bytes_total)
-                    if frame.stage in DOWNLOADS.final or self._turns.get(content) is not other:
+                    if frame.stage in DOWNLOADS.final or self._turns.get(folder) is not other:
                         break
             finally:
                 await frames.aclose()
-        self._turns[content] = job
+        self._turns[folder] = job
         try:
             yield
         finally:
-            del self._turns[content]
+            del self._turns[folder]
 
     # --- Files that are here already ----------------------------------------------------------
 
     async def _shared(self, job: Job, here: CatalogEntry, supply: Supply) -> CatalogEntry | None:
         """Enter the files of another entry under the job's reference; None if they cannot be shared."""
-        facts = await asyncio.to_thread(self._inspect, here.path)
+        try:
+            facts = await asyncio.to_thread(self._inspect, here.path)
+        except ArrieroError as error:
+            # Damaged, or removed in this moment: what is wrong there is not to be wrong here.
+            job.waiting(f"{here.record.model_ref} is here, but {error.message}", 0.0)
+            return None
         job.source = "this machine"
         job.advance(here.record.size_bytes, here.record.size_bytes)
         record = make_record(

@@ -131,7 +131,11 @@ def choose(
 
 def name_of(peer: PeerSource) -> str:
     """Return what a peer is called, without anything secret."""
-    return peer.node or urlsplit(peer.url).netloc.rpartition("@")[2] or "a peer without an address"
+    try:
+        host = urlsplit(peer.url).netloc.rpartition("@")[2]
+    except ValueError:
+        host = ""
+    return peer.node or host or "a peer without an address"
 
 
 async def _models_of(http: Http, peer: PeerSource) -> list[ModelRecord]:

@@ -14,11 +14,10 @@ from typing import Final, Self
 
 import aiohttp
 
-from arriero.agent import hub_http, partial_folder
+from arriero.agent import hub_http
 from arriero.agent.catalog import ModelCatalog
 from arriero.agent.catalog_entry import CatalogEntry
 from arriero.agent.fetch import FetchLimits
-from arriero.agent.files import in_thread
 from arriero.agent.found_files import Found
 from arriero.agent.obtain import Obtainer, Wishes
 from arriero.agent.open_downloads import OpenDownload, OpenDownloads
@@ -30,6 +29,7 @@ from arriero.contracts.records import DownloadRecord, ModelRecord
 from arriero.contracts.requests import PeerSource
 from arriero.contracts.states import DownloadState
 from arriero.engines.base import ModelFacts
+from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
@@ -104,6 +104,7 @@ class ModelProvisioner:
         self._by_ref: dict[str, _Running] = {}
         self._places = asyncio.Semaphore(self._limits.downloads_max)
         self._is_closed = False
+        self._log = logs.get("arriero.agent.downloads")
 
     async def __aenter__(self) -> Self:
         if self._own_group is not None:
@@ -313,17 +314,34 @@ class ModelProvisioner:
             job.local_path = str(running.entry.path)
             job.finish(DownloadState.COMPLETE)
         except ArrieroError as error:
-            job.finish(DownloadState.FAILED, error)
+            await self._fail(running, error)
+        except Exception:  # noqa: BLE001  The edge: the agent lives on, the log has the traceback.
+            self._log.exception("download_fault", download_id=job.download_id, model_ref=job.model_ref)
+            await self._fail(running, ArrieroError(ErrorCode.INTERNAL_ERROR))
+        except asyncio.CancelledError:
+            await self._drop(running)
+            raise
         finally:
-            await self._tidy(running)
+            await self._close(running)
 
-    async def _tidy(self, running: _Running) -> None:
-        """Forget a download that has ended, on the disk too where nothing of it is to be kept."""
-        folder = running.job.folder
-        if running.is_clean and folder is not None and running.entry is None:
-            await in_thread(lambda: partial_folder.drop(folder))
+    async def _fail(self, running: _Running, error: ArrieroError) -> None:
+        # Before anybody hears of the end: whoever waits for this content is not to find it half removed.
+        await self._drop(running)
+        running.job.finish(DownloadState.FAILED, error)
+
+    async def _drop(self, running: _Running) -> None:
+        """Remove what was fetched, where nothing of it is to be kept."""
+        if running.is_clean and self._obtainer is not None:
+            await self._obtainer.drop(running.job)
+
+    async def _close(self, running: _Running) -> None:
+        """Note that a download is not open any more."""
         if running.is_open:
-            await self._open.remove(running.job.download_id)
+            try:
+                await self._open.remove(running.job.download_id)
+            except ArrieroError as error:
+                # The next agent goes on with it, and finds the model there or fails as this one did.
+                self._log.warning("download_not_closed", code=str(error.code), why=error.message)
 
     def _ended(self, running: _Running, task: asyncio.Task[None]) -> None:
         """Note how a task ended; also one that was cancelled before its first step."""
@@ -333,7 +351,7 @@ class ModelProvisioner:
             error = ArrieroError(ErrorCode.REQUEST_CANCELLED, "the download was cancelled")
             running.job.finish(DownloadState.CANCELLED, error)
         elif task.exception() is not None:
-            # A fault of ours: readers are told, then the group fails with it.
+            # A fault of its very end: readers are told, then the group fails with it.
             running.job.finish(DownloadState.FAILED, ArrieroError(ErrorCode.INTERNAL_ERROR))
         ended = [key for key, other in self._all.items() if other.job.is_final]
         for key in ended[: -self._limits.ended_max or None]:

@@ -8,6 +8,7 @@ from typing import Final, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from arriero.agent.fetch import RemoteFile
+from arriero.agent.files import is_text
 from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.refs import FileRef, HttpsRef
@@ -58,6 +59,8 @@ def local_file(ref: FileRef) -> Path:
         _refuse_path(name, "may not be read")
     resolved = path.resolve()
     names.file_name(resolved.name)  # A link may lead to a name that the catalog cannot tell.
+    if not is_text(resolved):
+        _refuse_path(name, "lies in a folder whose name is no UTF-8")
     return resolved
 
 
