@@ -143,3 +143,16 @@ async def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         await _open(tmp_path)
     assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE
     assert str(tmp_path) not in f"{refused.value} {refused.value.details}"
+
+
+async def test_what_cannot_be_removed_stays_in_the_catalog(tmp_path: Path) -> None:
+    ref, model_id, path = await _fetched(tmp_path)
+    # As on a read-only disk, the card cannot be removed.
+    (path.parent / "model.json").unlink()
+    (path.parent / "model.json").mkdir()
+    catalog = await _open(tmp_path)
+    with pytest.raises(ArrieroError) as refused:
+        await catalog.remove(model_id)
+    assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE
+    assert await catalog.get(ref) is not None and path.exists()
+    await catalog.close()

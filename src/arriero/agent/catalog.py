@@ -25,6 +25,7 @@ from arriero.agent.catalog_entry import (
     make_record,
     model_id_of,
     put_in_place,
+    remove_card,
     remove_folder,
     whole_sha256,
     write_card,
@@ -251,12 +252,22 @@ class ModelCatalog:
                 self._log.warning("card_not_written", model_id=entry.record.model_id, reason=error.strerror)
 
     async def remove(self, model_id: str) -> ModelRecord:
-        """Forget a model and delete its files, unless they are external.  Raises MODEL_NOT_FOUND."""
+        """Forget a model and delete its files, unless they are external.
+
+        Raises MODEL_NOT_FOUND, and STATE_DIR_UNUSABLE where the disk lets nothing be removed: then it
+        stays as it was.
+        """
         entry = await self.by_id(model_id)
+        folder = self.models_dir / model_id
+        if not entry.record.is_external:
+            try:
+                # First what may be refused; without its card, what is left over is not taken for a model.
+                await in_thread(lambda: remove_card(folder))
+            except OSError as error:
+                raise disk_error(error, "a model was removed") from error
         await self._forget(model_id)
         if not entry.record.is_external:
-            # The files go last: a folder that is left over is taken in again, never half a model.
-            await in_thread(lambda: remove_folder(self.models_dir / model_id))
+            await in_thread(lambda: remove_folder(folder))
         return entry.record
 
     async def verify(self, model_id: str, on_read: Callable[[int], None] = lambda _: None) -> ModelRecord:
