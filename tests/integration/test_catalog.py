@@ -143,3 +143,56 @@ async def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         await _open(tmp_path)
     assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE
     assert str(tmp_path) not in f"{refused.value} {refused.value.details}"
+
+
+async def test_what_cannot_be_removed_stays_in_the_catalog(tmp_path: Path) -> None:
+    ref, model_id, path = await _fetched(tmp_path)
+    # As on a read-only disk, the card cannot be removed.
+    (path.parent / "model.json").unlink()
+    (path.parent / "model.json").mkdir()
+    catalog = await _open(tmp_path)
+    with pytest.raises(ArrieroError) as refused:
+        await catalog.remove(model_id)
+    assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE
+    assert await catalog.get(ref) is not None and path.exists()
+    await catalog.close()
+
+
+async def test_a_file_that_was_written_to_is_read_again_before_it_is_served(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, kit_in(tmp_path) as kit:
+        ref = f"{server.url}/m.gguf"
+        record, path = await kit.provisioner.ensure(ref)
+        await kit.catalog.set_pinned(record.model_id, True)
+        os.utime(path, (5, 5))
+        assert await kit.provisioner.ensure(ref) and len(server.requests) == 1
+        (kept,) = await kit.catalog.records()
+        assert kept.is_pinned and kept.parts[0].modified_ns == 5_000_000_000
+        path.write_bytes(gguf()[:-1] + b"\0")
+        assert path.read_bytes() != gguf()
+        _, again = await kit.provisioner.ensure(ref)
+        assert again.read_bytes() == gguf() and len(server.requests) == 2
+        assert any("checksum" in notice for notice in kit.catalog.notices)
+
+
+async def test_a_file_that_was_written_to_while_we_were_away_is_read_again(tmp_path: Path) -> None:
+    ref, _, path = await _fetched(tmp_path)
+    path.write_bytes(gguf()[:-1] + b"\0")
+    catalog = await _open(tmp_path)
+    assert any("written to" in notice for notice in catalog.notices)
+    assert await catalog.get(ref) is None
+    await catalog.close()
+
+
+async def test_what_verify_found_bad_is_fetched_again(tmp_path: Path) -> None:
+    async with FaultServer(gguf()) as server, kit_in(tmp_path) as kit:
+        ref = f"{server.url}/m.gguf"
+        record, path = await kit.provisioner.ensure(ref)
+        before = path.stat()
+        path.write_bytes(gguf()[:-1] + b"\0")
+        # As when a disk loses a bit: nothing but the content tells it.
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(ArrieroError) as refused:
+            await kit.catalog.verify(record.model_id)
+        assert refused.value.code is ErrorCode.MODEL_CORRUPTED
+        _, again = await kit.provisioner.ensure(ref)
+        assert again.read_bytes() == gguf() and len(server.requests) == 2

@@ -25,6 +25,7 @@ from arriero.agent.catalog_entry import (
     make_record,
     model_id_of,
     put_in_place,
+    remove_card,
     remove_folder,
     whole_sha256,
     write_card,
@@ -74,6 +75,7 @@ class ModelCatalog:
         #: Entries whose files vanished, by reference: what was noted of their use is not lost with them.
         self._dropped: dict[str, CatalogEntry] = {}
         self._placing = asyncio.Lock()
+        self._rereading = asyncio.Lock()
         self._log = logs.get("arriero.agent.catalog")
         self.models_dir = models_dir
         #: What was found and put right: sentences, each in the log as well.
@@ -85,7 +87,7 @@ class ModelCatalog:
     ) -> Self:
         """Open or create the catalog; put it in agreement with the files that are there.
 
-        Entries whose files vanished or changed in size are dropped.  Folders with a card and no
+        Entries whose files vanished or were written to are dropped.  Folders with a card and no
         entry are taken in by `recheck`, or when they are asked for: each is read through first, and
         its header by `inspect`.  Raises STATE_DIR_UNUSABLE if a folder cannot be written,
         VERSION_MISMATCH if a newer release wrote the database.
@@ -263,26 +265,39 @@ class ModelCatalog:
     async def remove(self, model_id: str) -> ModelRecord:
         """Forget a model and delete its files, unless they are external.
 
-        Raises MODEL_NOT_FOUND, and STATE_DIR_UNUSABLE where its files cannot be removed.
+        Raises MODEL_NOT_FOUND, and STATE_DIR_UNUSABLE where the disk lets nothing be removed: then it
+        stays as it was.
         """
         entry = await self.by_id(model_id)
+        folder = self.models_dir / model_id
         async with self._placing:  # Not while the same content comes into its place once more.
-            await self._forget(model_id)
-            if not entry.record.is_external:
-                # The files go last: a folder that is left over is taken in again, never half a model.
-                try:
-                    await in_thread(lambda: remove_folder(self.models_dir / model_id))
-                except OSError as error:
-                    raise disk_error(error, "a model was removed") from error
+            try:
+                if not entry.record.is_external:
+                    # First what may be refused; without its card, what is left over is no model.
+                    await in_thread(lambda: remove_card(folder))
+                await self._forget(model_id)
+                if not entry.record.is_external:
+                    await in_thread(lambda: remove_folder(folder))
+            except OSError as error:
+                raise disk_error(error, "a model was removed") from error
         return entry.record
 
     async def verify(self, model_id: str, on_read: Callable[[int], None] = lambda _: None) -> ModelRecord:
         """Hash a model's files again; `on_read` is told the bytes read of all of them so far.
 
-        Raises MODEL_NOT_FOUND, INVALID_MODEL_PATH if a file is gone, MODEL_CORRUPTED naming the file.
+        Raises MODEL_NOT_FOUND, INVALID_MODEL_PATH if a file is gone, MODEL_CORRUPTED naming the file; a
+        model that is not as it was is not served again, but fetched.
         """
         entry = await self.by_id(model_id)
-        await claims.check_files(entry, on_read)
+        try:
+            await claims.check_files(entry, on_read)
+        except ArrieroError as error:
+            if error.code is ErrorCode.MODEL_CORRUPTED:
+                # It stays listed, to be removed or fetched again; whoever wants it has it read first.
+                await self._database.execute(
+                    "UPDATE model_files SET modified_ns = 0 WHERE model_id = ?", (model_id,)
+                )
+            raise
         return entry.record
 
     async def copy_database(self, copy: Callable[[sqlite3.Connection], T]) -> T:
@@ -299,11 +314,32 @@ class ModelCatalog:
         await self._database.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
 
     async def _if_present(self, entry: CatalogEntry) -> CatalogEntry | None:
-        if await in_thread(lambda: claims.is_as_verified(entry)):
+        if await in_thread(lambda: claims.is_as_verified(entry, is_strict=True)):
             return entry
+        if await in_thread(lambda: claims.is_as_verified(entry)):
+            return await self._read_again(entry)
+        await self._drop(entry)
+        return None
+
+    async def _drop(self, entry: CatalogEntry) -> None:
         self._dropped[entry.record.model_ref] = entry
         await self._forget(entry.record.model_id)
-        return None
+
+    async def _read_again(self, entry: CatalogEntry) -> CatalogEntry | None:
+        """Return a model of our own that was written to once it was read; None if it is not as it was."""
+        async with self._rereading:
+            # Whoever had the turn before may have read this very model.
+            now = await self._find("model_id", entry.record.model_id)
+            if now is None or await in_thread(lambda: claims.is_as_verified(now, is_strict=True)):
+                return now
+            try:
+                checked = await claims.verified(now, self._inspect)
+            except ArrieroError as error:
+                self._note(f"{error.message}; it is fetched again when it is wanted")
+                await self._drop(now)
+                return None
+            await self.add(checked)
+            return checked
 
     def _note_in_card(self, entry: CatalogEntry) -> None:
         folder = self.models_dir / entry.record.model_id
@@ -318,8 +354,13 @@ class ModelCatalog:
 
     async def _drop_vanished(self) -> None:
         for entry in await self.entries():
-            if await self._if_present(entry) is None:
-                self._note(f"{entry.record.model_ref}: its file vanished or changed, entry dropped")
+            if await in_thread(functools.partial(claims.is_as_verified, entry, is_strict=True)):
+                continue
+            # Its folder is found as one without an entry, and read through without keeping the start waiting.
+            is_whole = await in_thread(functools.partial(claims.is_as_verified, entry))
+            what = "was written to, it is read through first" if is_whole else "vanished or changed"
+            await self._drop(entry)
+            self._note(f"{entry.record.model_ref}: its file {what}, entry dropped")
 
     async def _find_folders(self) -> None:
         known = {record.model_id: record.model_ref for record in await self.records()}

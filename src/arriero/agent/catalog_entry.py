@@ -130,11 +130,17 @@ def put_in_place(ready: Path, target: Path, card: Card) -> None:
     sync_folder(target.parent)
 
 
+def remove_card(folder: Path) -> None:
+    """Remove the card of a model's folder, if there is one.  Raises OSError, as on a read-only disk."""
+    if not folder.is_symlink():
+        (folder / CARD_NAME).unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a model's folder; what a link put in its place leads to stays untouched."""
     if folder.is_symlink():
         folder.unlink()
         return
     # The card first: without it, what a crash leaves is not taken for a model.
-    (folder / CARD_NAME).unlink(missing_ok=True)
+    remove_card(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -249,7 +249,7 @@ def _corrupted(entry: CatalogEntry, file: ModelFile, why: str) -> None:
     raise ArrieroError(
         ErrorCode.MODEL_CORRUPTED,
         f"{file.name} of {entry.record.model_ref} {why}",
-        suggested_action="remove the model, then fetch it again",
+        suggested_action="Pull it again; a file that is not ours is for the program that keeps it.",
         **_details(entry, file),
     )
 
