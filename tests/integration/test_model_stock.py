@@ -206,3 +206,14 @@ def parallel(stock: Stock, url: str, parts: list[tuple[int, int]]) -> list[bytes
 
     with ThreadPoolExecutor(max_workers=len(parts)) as pool:
         return list(pool.map(read, parts))
+
+
+async def test_a_models_folder_that_vanished_is_told(tmp_path: Path) -> None:
+    async with stock_in(tmp_path) as stock:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(gguf())
+        stock.kit.models_dir.rename(tmp_path / "elsewhere")
+        with pytest.raises(ArrieroError) as refused:
+            answer = await stock.ask(stock.agent.import_models, ImportBody(path=str(path)))
+            await stock.ask(answer.result)
+        assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE
