@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support import cli
 from tests.support.home import Home, until
 from tests.support.hub import HubProcess
+from tests.support.scripted_http import Connection, Request, ScriptedServer
 
+from arriero.cli import pulling
+from arriero.cli.narrator import Narrator
+from arriero.client.api import Orchestrator
+from arriero.contracts.events import DownloadFrame
+from arriero.contracts.requests import DownloadBody
+from arriero.contracts.states import DownloadState
 from arriero.testing.gguf_writer import write_llama
 
 # Pools come up and down, more than one in some tests, on a machine that may be busy.
@@ -176,3 +184,31 @@ def test_a_model_is_copied_from_another_agent(home: Home, repo: Path) -> None:
         attic.run("down")
     nobody = home.run("models", "pull", "--from", "/nonexistent", "hf:o/r:Q4_K_M")
     assert nobody.code == 1 and "error: NOT_RUNNING: " in nobody.err
+
+
+def test_patience_begins_with_the_break_and_not_with_the_last_news() -> None:
+    """A download that waits for its turn, or for `Retry-After`, has no news for long."""
+    frame = DownloadFrame(
+        stage=DownloadState.DOWNLOADING, bytes_downloaded=1, bytes_total=2, speed_mbps=0.0, eta_s=None,
+        download_id="d-000000000001",
+    )  # fmt: skip
+
+    def script(request: Request, connection: Connection) -> None:
+        if request.method == "POST":
+            connection.answer(202, {"download_id": frame.download_id, "progress_url": "/x", "node": "andes"})
+            return
+        streams = len(server.requests) - 1
+        stage = DownloadState.DOWNLOADING if streams == 1 else DownloadState.COMPLETE
+        connection.begin_stream()
+        connection.event(msgspec.to_builtins(msgspec.structs.replace(frame, stage=stage)))
+        if streams == 1:
+            connection.stopping.wait(0.8)  # Longer than the patience; then it breaks.
+        else:
+            connection.event("[DONE]")
+            connection.end_stream()
+
+    with ScriptedServer(script) as server:
+        client = Orchestrator(server.url, "t")
+        body = DownloadBody(model_ref="hf:o/r")
+        _, last = pulling.pull(client, body, narrator=Narrator(is_quiet=True), keep=True, patience_s=0.6)
+    assert last.stage is DownloadState.COMPLETE

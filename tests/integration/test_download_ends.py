@@ -14,6 +14,7 @@ import pytest
 from tests.integration.model_files import SIZE_BYTES, Kit, gguf, kit_in, sha256, small_limits
 
 from arriero.agent import partial_folder
+from arriero.agent.partial import Mark, Partial
 from arriero.agent.provisioner import Ticket
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame
@@ -138,6 +139,21 @@ async def test_a_folder_of_other_content_that_cannot_be_removed_stays(tmp_path: 
         assert other.model_id != record.model_id
         # What stands there is no model's folder, and not ours to remove.
         assert path.parent.read_bytes() == b"no folder"
+
+
+async def test_a_journal_that_tells_nonsense_costs_what_it_tells_of(tmp_path: Path) -> None:
+    # Without a length nothing but the journal says how far a part may lie.
+    mark = Mark(url="https://models.example/m.gguf", etag='"one"')
+    partial = await Partial.open(tmp_path, "m.gguf", mark, 16)
+    await partial.write([(0, [b"0123456789"])], mark=mark)
+    await partial.close()
+    with (tmp_path / "m.gguf.journal").open("ab") as journal:
+        journal.write(b"999999999999999999 5 3\n")
+    partial = await Partial.open(tmp_path, "m.gguf", mark, 16)
+    try:
+        assert partial.parts.done_bytes == 10
+    finally:
+        await partial.close()
 
 
 async def test_files_that_cannot_be_removed_are_told(tmp_path: Path) -> None:

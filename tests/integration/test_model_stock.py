@@ -1,13 +1,15 @@
 """Pins, prune, verify as events, and the client's methods for them, over real HTTP."""
 
 import os
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
-from tests.integration.model_files import gguf
+from tests.integration.model_files import gguf, kit_in
 from tests.integration.model_stock import Stock, stock_in
 
+from arriero.agent.pruning import prune
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import ImportBody, PruneBody
@@ -89,6 +91,18 @@ async def test_a_file_with_another_name_frees_nothing(tmp_path: Path) -> None:
         result = await stock.ask(stock.agent.prune_models, PruneBody(free_bytes=SIZE))
         assert [gone.model_id for gone in result.removed] == [second.model_id]
         assert result.freed_bytes == SIZE
+
+
+async def test_the_workers_are_looked_at_where_they_come_and_go(tmp_path: Path) -> None:
+    asked_in: list[threading.Thread] = []
+
+    def in_use() -> set[str]:
+        asked_in.append(threading.current_thread())
+        return set()
+
+    async with kit_in(tmp_path) as kit:
+        await prune(kit.catalog, in_use, free_bytes=1)
+    assert asked_in == [threading.current_thread()], "no thread beside the event loop reads what it changes"
 
 
 async def test_an_external_model_is_never_pruned(tmp_path: Path) -> None:
@@ -192,3 +206,14 @@ def parallel(stock: Stock, url: str, parts: list[tuple[int, int]]) -> list[bytes
 
     with ThreadPoolExecutor(max_workers=len(parts)) as pool:
         return list(pool.map(read, parts))
+
+
+async def test_a_models_folder_that_vanished_is_told(tmp_path: Path) -> None:
+    async with stock_in(tmp_path) as stock:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(gguf())
+        stock.kit.models_dir.rename(tmp_path / "elsewhere")
+        with pytest.raises(ArrieroError) as refused:
+            answer = await stock.ask(stock.agent.import_models, ImportBody(path=str(path)))
+            await stock.ask(answer.result)
+        assert refused.value.code is ErrorCode.STATE_DIR_UNUSABLE

@@ -193,6 +193,25 @@ async def test_a_local_file_stays_where_it_is(tmp_path: Path) -> None:
         assert own.exists() and await kit.catalog.records() == []
 
 
+async def test_all_parts_of_a_local_model_are_verified(tmp_path: Path) -> None:
+    parts = [tmp_path / f"m-{part:05d}-of-00002.gguf" for part in (1, 2)]
+    for number, part in enumerate(parts):
+        part.write_bytes(gguf(number))
+    async with kit_in(tmp_path) as kit:
+        ref = f"file://{parts[0]}"
+        record, path = await kit.provisioner.ensure(ref)
+        assert path == parts[0] and record.files == [part.name for part in parts]
+        assert record.size_bytes == 2 * SIZE_BYTES
+        # The engine reads them all: a part that changed is read again.
+        parts[1].write_bytes(gguf(3))
+        again, _ = await kit.provisioner.ensure(ref)
+        assert again.parts[1].sha256 == sha256(gguf(3)) != record.parts[1].sha256
+
+        parts[1].unlink()
+        alone, _ = await kit.provisioner.ensure(ref)
+        assert alone.files == [parts[0].name], "whether parts are missing, the header knows"
+
+
 async def test_the_demo_model_is_there_without_a_network(tmp_path: Path) -> None:
     async with kit_in(tmp_path, inspect=gguf_format.inspect) as kit:
         record, path = await kit.provisioner.ensure("demo")

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from arriero.agent.sources import PICKLE_SUFFIXES
 from arriero.contracts.errors import ErrorCode, fail
-from arriero.contracts.refs import HfRef
+from arriero.contracts.refs import PICKLE_SUFFIXES, HfRef
 
 PREFERRED_QUANTS: Final = ("Q4_K_M", "Q8_0")
 #: Projectors are small, so the exact ones come first.
@@ -217,7 +216,7 @@ def _no_model(ref: HfRef, files: Sequence[HubFile]) -> NoReturn:
     suffixes = {"." + file.path.rsplit(".", 1)[-1].lower() for file in files if "." in file.path}
     name = ref.repo.rsplit("/", 1)[-1]
     advice = f"Look for a repository named {name}-GGUF: others may have converted this model."
-    pickles = sorted(suffixes & PICKLE_SUFFIXES)
+    pickles = sorted(suffixes.intersection(PICKLE_SUFFIXES))
     if not files:
         what, advice = "is empty", "Check the name and the revision."
     elif ".safetensors" in suffixes:

@@ -133,7 +133,10 @@ class Importer:
 
     async def _check_room(self, needed_bytes: int) -> None:
         folder = self._catalog.models_dir
-        free_bytes = (await in_thread(lambda: shutil.disk_usage(folder))).free
+        try:
+            free_bytes = (await in_thread(lambda: shutil.disk_usage(folder))).free
+        except OSError as error:
+            raise disk_error(error, "its room was measured") from error
         if needed_bytes > free_bytes:
             short_bytes = needed_bytes - free_bytes
             fail(

@@ -23,7 +23,7 @@ from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import disk_error, in_thread, sha256_of
 from arriero.agent.progress import Job
 from arriero.agent.retries import Retries
-from arriero.agent.sources import local_file, remote_file
+from arriero.agent.sources import local_files, remote_file
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile
@@ -107,8 +107,8 @@ class Obtainer:
                 path, sha256 = await in_thread(_demo)
                 return await self._register(job, [path], "demo", "demo", expected=[sha256])
             case refs.FileRef():
-                path = await in_thread(lambda: local_file(parsed))
-                return await self._register(job, [path], "file", "file")
+                paths = await in_thread(lambda: local_files(parsed))
+                return await self._register(job, paths, "file", "file")
             case refs.HttpsRef():
                 job.downloading()
                 return await self._from_anywhere(job, wishes, Supply([remote_file(parsed)], "https", "https"))

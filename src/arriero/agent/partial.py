@@ -24,6 +24,8 @@ from arriero.domain.parts import Parts
 
 #: Room for the lines of 16 TiB.
 JOURNAL_BYTES_MAX: Final = 256 * 1024 * 1024
+#: No file is longer; what a line tells of beyond cannot even be asked for.
+FILE_BYTES_MAX: Final = 2**60
 #: A part's first so many bytes are worth a line of their own, so that a kill costs less than a part.
 _LINES_A_PART: Final = 4
 #: One step in a thread: long enough to be worth it, short enough to be waited for.
@@ -213,7 +215,7 @@ class Partial:
             if len(fields) != 3 or not all(field.isdigit() and len(field) <= 18 for field in fields):
                 continue  # The last line of a process that was killed, or zeros after a power cut.
             part, count, crc = (int(field) for field in fields)
-            if 0 < count <= head.part_bytes:
+            if 0 < count <= head.part_bytes and part * head.part_bytes <= FILE_BYTES_MAX:
                 lines[part] = (count, crc)
         return head, lines
 

@@ -34,7 +34,8 @@ async def prune(
     answers the same.  Bytes of a file that something else links to as well are not counted.
     """
     entries = {entry.record.model_id: entry for entry in await catalog.entries()}
-    candidates = await in_thread(lambda: _candidates(list(entries.values()), in_use()))
+    used = in_use()  # Here, where workers come and go: not in a thread beside them.
+    candidates = await in_thread(lambda: _candidates(list(entries.values()), used))
     choice = choose(candidates, free_bytes)
     removed: list[ModelRecord] = []
     for model_id in choice.model_ids:

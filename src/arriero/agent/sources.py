@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from arriero.agent.fetch import RemoteFile
 from arriero.agent.files import is_text
+from arriero.agent.hub_choice import is_head, part_names
 from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.refs import FileRef, HttpsRef
@@ -36,6 +37,25 @@ def remote_file(ref: HttpsRef) -> RemoteFile:
     last = unquote(urlsplit(ref.url).path).rsplit("/", 1)[-1]
     _refuse_pickle(last)
     return RemoteFile(safe_name(ref.url), ref.url)
+
+
+def local_files(ref: FileRef) -> list[Path]:
+    """Return the file that `ref` names, and after the first part of a split model the others beside it.
+
+    Parts that are missing are not told: the header says whether they have to be there.  Blocks and
+    raises as `local_file` does.
+    """
+    first = local_file(ref)
+    names = part_names(first.name) if is_head(first.name) else []
+    others = [first.with_name(name) for name in names[1:]]
+    return [first, *others] if all(map(_is_file, others)) else [first]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def local_file(ref: FileRef) -> Path:

@@ -29,7 +29,12 @@ _BROKEN: Final = frozenset(
 
 
 def pull(
-    client: Orchestrator, body: DownloadBody, *, narrator: Narrator, keep: bool
+    client: Orchestrator,
+    body: DownloadBody,
+    *,
+    narrator: Narrator,
+    keep: bool,
+    patience_s: float = _STREAM_PATIENCE_S,
 ) -> tuple[DownloadStarted, DownloadFrame]:
     """Have a model fetched and show it; return where, and the last frame.
 
@@ -38,7 +43,7 @@ def pull(
     """
     started = client.start_download(body)
     try:
-        return started, _follow(client, started, body.model_ref, narrator)
+        return started, _follow(client, started, body.model_ref, narrator, patience_s)
     except (KeyboardInterrupt, Terminated, BrokenPipeError):
         narrator.clear()
         with undisturbed():
@@ -54,24 +59,27 @@ def pull(
 
 
 def _follow(
-    client: Orchestrator, started: DownloadStarted, model_ref: str, narrator: Narrator
+    client: Orchestrator, started: DownloadStarted, model_ref: str, narrator: Narrator, patience_s: float
 ) -> DownloadFrame:
     shown = _Shown(started.node, model_ref, narrator)
     seen_id = ""
-    news_s = time.monotonic()
+    broken_s: float | None = None
     while True:
         stream = None
         try:
             with client.download_progress(started.download_id, last_event_id=seen_id) as stream:
                 for frame in download_frames(stream):
-                    news_s = time.monotonic()
+                    broken_s = None
                     shown.take(frame)
             last = shown.last
             if last is not None and last.stage is DownloadState.COMPLETE:
                 return last
             raise ArrieroError(ErrorCode.SSE_CONNECTION_ERROR, "the download's stream ended before its end")
         except ArrieroError as error:
-            if error.code not in _BROKEN or time.monotonic() - news_s > _STREAM_PATIENCE_S:
+            now_s = time.monotonic()
+            # From the break on: before it, a download that waits may have had no news for long.
+            broken_s = now_s if broken_s is None else broken_s
+            if error.code not in _BROKEN or now_s - broken_s > patience_s:
                 raise
             shown.broke(error)
         if stream is not None:

@@ -130,9 +130,12 @@ class ModelProvisioner:
         """
         job.followers -= 1
         if not job.followers and job.is_downloading and job.task is not None:
-            # Whoever comes now begins a new job.
-            self._jobs = {key: other for key, other in self._jobs.items() if other is not job}
+            self._forget(job)
             job.task.cancel()
+
+    def _forget(self, job: Job) -> None:
+        """Have whoever comes now begin a new job."""
+        self._jobs = {key: other for key, other in self._jobs.items() if other is not job}
 
     async def spawn(self, body: SpawnBody, node_name: str | None) -> WorkerRecord:
         """Start a worker as somebody asked for it.
@@ -268,6 +271,11 @@ class ModelProvisioner:
         if not job.followers:
             raise ArrieroError(ErrorCode.REQUEST_CANCELLED, "nobody waits for the model any more")
         started = await self.start_download(node, model_ref)
+        if not job.followers:
+            # The last one went while the agent was being asked.
+            self._forget(job)
+            await self.leave_download(node, started.download_id, started.holder)
+            raise ArrieroError(ErrorCode.REQUEST_CANCELLED, "nobody waits for the model any more")
         job.is_downloading = True
         try:
             await self._follow_download(node, job, started)

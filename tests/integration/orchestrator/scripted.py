@@ -210,6 +210,11 @@ class ScriptedAgent:
         self.download_frames: list[DownloadFrame] = []
         self.download_error: ArrieroError | None = None
         self.downloaded: list[str] = []
+        #: A download is not answered before it is set.
+        self.download_gate = asyncio.Event()
+        self.download_gate.set()
+        #: Who left a download.
+        self.left: asyncio.Queue[str] = asyncio.Queue()
         self.is_silent = False
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
         self._runner: web.AppRunner | None = None
@@ -226,6 +231,7 @@ class ScriptedAgent:
         app.router.add_get("/v1/workers/{id}/logs", self._logs)
         app.router.add_post("/v1/models/download", self._download)
         app.router.add_get("/v1/models/download/progress", self._progress)
+        app.router.add_delete("/v1/downloads/{id}", self._leave)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -346,7 +352,12 @@ class ScriptedAgent:
 
     async def _download(self, request: web.Request) -> web.StreamResponse:
         self.downloaded.append(json.loads(await request.read())["model_ref"])
-        return json_answer({"download_id": "d-000000000001", "progress_url": "/x"}, 202)
+        await self.download_gate.wait()
+        return json_answer({"download_id": "d-000000000001", "progress_url": "/x", "holder": "h-1"}, 202)
+
+    async def _leave(self, request: web.Request) -> web.StreamResponse:
+        self.left.put_nowait(request.query["holder"])
+        return json_answer({})
 
     async def _progress(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -216,6 +216,18 @@ async def test_a_download_is_told_and_its_error_keeps_its_code(tmp_path: Path) -
             assert (await response.json())["error"]["code"] == "MODEL_ACCESS_DENIED"
 
 
+async def test_a_download_is_left_also_by_who_went_before_it_was_answered(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        await o.until("/v1/nodes", lambda answer: answer["nodes"])
+        andes.download_frames = [download_frame(DownloadState.DOWNLOADING, 400)] * 20
+        andes.download_gate.clear()
+        _, record = await post(o, {"prompt": "x", "model": "hf:org/repo:Q4_K_M", "timeout": 0.5})
+        assert (await finished(o, record["task_id"]))["state"] == "timed_out"
+        andes.download_gate.set()
+        async with asyncio.timeout(5):
+            assert await andes.left.get() == "h-1"
+
+
 async def test_a_deadline_ends_a_task_as_timed_out(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
         worker = await andes.add_worker(script=WorkerScript(hold_after=1))
