@@ -28,6 +28,19 @@ def test_sizes(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (950, "950"),
+        (108_864, "108.9 thousand"),
+        (145_286_144, "145.3 million"),
+        (7_241_732_096, "7.24 billion"),
+    ],
+)
+def test_counts(count: int, text: str) -> None:
+    assert render.count_text(count) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (-3, "0.0 s"),

@@ -114,6 +114,14 @@ def bytes_text(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def count_text(count: int) -> str:
+    """Return a large number for people: `950`, `108.9 thousand`, `7.24 billion`."""
+    for limit, unit, digits in ((1e9, "billion", 2), (1e6, "million", 1), (1e3, "thousand", 1)):
+        if count >= limit:
+            return f"{count / limit:.{digits}f} {unit}"
+    return str(count)
+
+
 def progress_text(done: int, total: int | None, speed_mbps: float, eta_s: float | None) -> str:
     """Return how far something is: `1.2 GiB of 4.1 GiB, 85.0 Mbit/s, 3 min 5 s left`."""
     text = bytes_text(done)
