@@ -58,6 +58,7 @@ class Watch:
         self.attempts: list[int] = []
         self.reasons: list[str] = []
         self.counts: list[int] = []
+        self.stages: list[str] = []
         self.has_bytes = asyncio.Event()
 
     def attempting(self, attempt: int) -> None:
@@ -66,9 +67,11 @@ class Watch:
     def waiting(self, reason: str, delay_s: float) -> None:
         self.reasons.append(reason)
 
-    def downloading(self) -> None: ...
+    def downloading(self) -> None:
+        self.stages.append("downloading")
 
-    def verifying(self) -> None: ...
+    def verifying(self) -> None:
+        self.stages.append("verifying")
 
     def advance(self, downloaded_bytes: int, total_bytes: int | None) -> None:
         self.counts.append(downloaded_bytes)
@@ -302,6 +305,7 @@ async def test_only_a_damaged_part_is_fetched_again(tmp_path: Path) -> None:
         assert ranges[0] == f"bytes={5 * PART_BYTES}-{6 * PART_BYTES - 1}"
         assert [asked for asked in ranges if asked and asked.startswith("bytes=600000-")]
         assert 600_000 - PART_BYTES in watch.counts
+        assert watch.stages[0] == "verifying" and "downloading" in watch.stages
 
 
 async def test_a_journal_of_another_file_or_of_nonsense_counts_for_nothing(tmp_path: Path) -> None:

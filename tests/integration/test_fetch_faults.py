@@ -286,7 +286,7 @@ async def test_nobody_at_the_address_is_told(tmp_path: Path) -> None:
         with pytest.raises(ArrieroError) as failed:
             await kit.provisioner.ensure(f"{url}/m.gguf")
     assert failed.value.code is ErrorCode.DOWNLOAD_FAILED
-    assert "cannot be connected to" in failed.value.message
+    assert "cannot be connected to: connection refused" in failed.value.message
 
 
 async def test_redirects_have_an_end(tmp_path: Path) -> None:

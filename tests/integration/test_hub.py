@@ -459,3 +459,18 @@ def _pull(agent: AgentProcess, ref: str) -> DownloadFrame:
     client = agent.client
     with client.download_progress(client.start_download(ref).download_id) as stream:
         return list(download_frames(stream))[-1]
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://host", "http://", " "])
+async def test_an_endpoint_that_is_no_address_is_named_at_once(endpoint: str) -> None:
+    with pytest.raises(ArrieroError) as refused:
+        await Hub(endpoint).resolve(HfRef("o/r"), now_unix=0.0)
+    assert refused.value.code is ErrorCode.DOWNLOAD_FAILED
+    assert refused.value.details["suggested_action"].startswith("Unset HF_ENDPOINT")
+
+
+async def test_a_hub_that_cannot_be_reached_is_named_without_credentials() -> None:
+    with pytest.raises(AttemptFailed) as failed:
+        await Hub("http://user:password@127.0.0.1:9", 5.0).resolve(HfRef("o/r"), now_unix=0.0)
+    assert "the Hub at 127.0.0.1:9 cannot be reached" in str(failed.value)
+    assert "password" not in str(failed.value)

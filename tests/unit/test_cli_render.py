@@ -1,5 +1,12 @@
 """Does what commands print read well: tables, sizes, times, errors?"""
 
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import termios
+
 import pytest
 
 from arriero.cli import render
@@ -25,6 +32,19 @@ def test_a_table_without_rows_is_its_head() -> None:
 )
 def test_sizes(size: int, text: str) -> None:
     assert render.bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (950, "950"),
+        (108_864, "108.9 thousand"),
+        (145_286_144, "145.3 million"),
+        (7_241_732_096, "7.24 billion"),
+    ],
+)
+def test_counts(count: int, text: str) -> None:
+    assert render.count_text(count) == text
 
 
 @pytest.mark.parametrize(
@@ -54,3 +74,21 @@ def test_an_error_has_its_code_its_log_and_its_advice() -> None:
 def test_advice_of_the_one_who_knows_better_wins() -> None:
     error = ArrieroError(ErrorCode.INSUFFICIENT_RAM, "no", suggested_action="Stop w-1.")
     assert render.error_lines(error)[-1] == "  hint: Stop w-1."
+
+
+@pytest.mark.parametrize(("columns", "is_plain"), [(40, True), (200, False)])
+def test_a_table_wider_than_the_terminal_is_not_squeezed(columns: int, is_plain: bool) -> None:
+    name = "hf:organisation/repository:Q4_K_M"
+    program = f"from arriero.cli import render; render.table(['model', 'id'], [[{name!r}, 'm-0123456789ab']])"
+    person, terminal = os.openpty()
+    try:
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+        argv = [sys.executable, "-c", program]
+        subprocess.run(argv, stdin=terminal, stdout=terminal, env={**env, "TERM": "xterm"}, check=True)
+        shown = os.read(person, 65_536).decode()
+    finally:
+        os.close(person)
+        os.close(terminal)
+    assert name in shown and "m-0123456789ab" in shown
+    assert ("MODEL" in shown, "─" in shown) == (is_plain, not is_plain)

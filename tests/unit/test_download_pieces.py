@@ -12,7 +12,7 @@ from yarl import URL
 from arriero.agent.app import provision_limits
 from arriero.agent.fetch_http import redirected, told_sha256
 from arriero.agent.partial import Mark
-from arriero.agent.progress import SpeedMeter
+from arriero.agent.progress import Job, SpeedMeter
 from arriero.agent.retries import AttemptFailed, FailureKind, Retries, RetryLimits
 from arriero.agent.routes.model_files import parse_range
 from arriero.agent.sources import safe_name
@@ -75,6 +75,35 @@ def test_speed_is_over_the_last_seconds() -> None:
     assert meter.rate_bytes_per_s() == 0.0
     meter.add(21.0, 500)
     assert meter.rate_bytes_per_s() == 500.0
+
+
+class _HandClock(SystemClock):
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+
+def test_what_is_read_from_the_disk_is_no_speed_of_the_line() -> None:
+    clock = _HandClock()
+    job = Job(
+        download_id="d-1", model_ref="demo", clock=clock, interval_s=0.0,
+        on_change=lambda _: None, started_unix=0.0,
+    )  # fmt: skip
+    job.downloading()
+    job.verifying()
+    for done_bytes in (0, 50_000_000, 100_000_000):
+        job.advance(done_bytes, 200_000_000)
+        clock.now_s += 0.1
+    job.downloading()
+    job.advance(101_000_000, 200_000_000)
+    assert (job.frame.speed_mbps, job.frame.eta_s) == (0.0, None)
+    clock.now_s += 1.0
+    job.advance(102_000_000, 200_000_000)
+    assert (job.frame.speed_mbps, job.frame.eta_s) == (8.0, 98.0)
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def test_all_parts_of_a_split_model_are_meant() -> None:
     parts = [f"Q8_0/m-Q8_0-{part:05d}-of-00003.gguf" for part in (1, 2, 3)]
     assert _chosen("hf:o/r:Q8_0", parts[2], parts[0], parts[1], "m-Q2_K.gguf") == parts
     assert _chosen(f"hf:o/r/{parts[0]}", *parts) == parts
-    with pytest.raises(ArrieroError, match="lacks 1 of the 3 parts"):
+    with pytest.raises(ArrieroError, match="lacks 1 of the 3 parts") as refused:
         _chosen("hf:o/r:Q8_0", parts[0], parts[1])
+    assert "look for another one" in refused.value.details["suggested_action"]
 
 
 def test_a_split_model_counts_with_all_its_parts_when_the_smallest_is_chosen() -> None:

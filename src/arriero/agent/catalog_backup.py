@@ -270,4 +270,8 @@ def _check_external(model_ref: str, paths: tuple[Path, ...], models_dir: Path) -
 
 
 def _refuse(why: str) -> NoReturn:
-    raise ArrieroError(ErrorCode.INVALID_REQUEST, f"this is no backup of a catalog: {why}")
+    raise ArrieroError(
+        ErrorCode.INVALID_REQUEST,
+        f"this is no backup of a catalog: {why}",
+        suggested_action="Give a file that `arriero models backup` wrote.",
+    )

@@ -55,13 +55,12 @@ class Fetcher:
             # No model has no bytes: a source that says so does not know.
             remote = replace(remote, size_bytes=None)
         wanted = Mark(url=remote.url, size_bytes=remote.size_bytes, sha256=remote.sha256)
-        partial = await Partial.open(
-            folder,
-            remote.name,
-            wanted,
-            self._limits.part_bytes,
-            lambda checked: watch.advance(checked, remote.size_bytes),
-        )
+
+        def checked(read_bytes: int) -> None:
+            watch.verifying()
+            watch.advance(read_bytes, remote.size_bytes)
+
+        partial = await Partial.open(folder, remote.name, wanted, self._limits.part_bytes, checked)
         reservation = self._budget.reserve(folder, later_bytes)
         origin = Origin(self._session, self._clock, self._limits, remote)
         progress = Progress(

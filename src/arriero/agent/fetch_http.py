@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 import re
 import urllib.request
 from collections.abc import Mapping
@@ -164,7 +165,7 @@ class Origin:
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
             return AttemptFailed(f"the certificate of {self.host} is not valid")
         if isinstance(error, aiohttp.ClientConnectorError):
-            return AttemptFailed(f"{self.host} cannot be connected to: {error.strerror or 'refused'}")
+            return AttemptFailed(f"{self.host} cannot be connected to: {_reason(error)}")
         if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | OSError):
             return AttemptFailed(f"the connection to {self.host} was cut")
         if isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
@@ -300,3 +301,8 @@ def _proxy_for(url: URL) -> str | None:
     if host in _LOOPBACK or urllib.request.proxy_bypass(host):
         return None
     return urllib.request.getproxies().get(url.scheme)
+
+
+def _reason(error: OSError) -> str:
+    """Return why a connection was not made; asyncio's own text is about its calls."""
+    return os.strerror(error.errno).lower() if error.errno else "refused"

@@ -67,7 +67,7 @@ class FetchWatch(RetryWatch, Protocol):
         ...
 
     def verifying(self) -> None:
-        """All bytes are there and are checked."""
+        """What is there is checked: what an earlier fetch left, or the whole file."""
         ...
 
     def advance(self, downloaded_bytes: int, total_bytes: int | None) -> None:

@@ -259,10 +259,13 @@ class _Asked:
             ) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise ArrieroError(
-                ErrorCode.DOWNLOAD_FAILED, f"{repo} cannot be looked up: HF_ENDPOINT is no address"
-            ) from error
+                ErrorCode.DOWNLOAD_FAILED, f"{repo} cannot be looked up: HF_ENDPOINT is no address",
+                suggested_action="Unset HF_ENDPOINT, or set it to an address as https://huggingface.co; "
+                "then start the agent again.",
+            ) from error  # fmt: skip
         except httpx2.HTTPError as error:
-            raise AttemptFailed(f"the Hub cannot be reached ({type(error).__name__})") from error
+            host = urlsplit(self.page).netloc
+            raise AttemptFailed(f"the Hub at {host} cannot be reached ({type(error).__name__})") from error
         except hub_http.AnswerRefused as error:
             raise AttemptFailed(f"the Hub's answer is refused: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -159,7 +159,8 @@ def _whole(
     names = part_names(heads[0].path)
     missing = sum(name not in by_path for name in names)
     why = f"lacks {missing} of the {len(names)} parts" if names else "claims a senseless number of parts"
-    _not_there(ref, f"{why} of {heads[0].path}", quants_available(files), [])
+    advice = "Whoever made the repository has to complete it; look for another one of this model."
+    _not_there(ref, f"{why} of {heads[0].path}", quants_available(files), [], advice)
 
 
 def _weight(head: HubFile, by_path: Mapping[str, HubFile]) -> tuple[int, str]:
@@ -200,7 +201,7 @@ def _near(wanted: str, there: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(wanted, there[:_COMPARED_MAX], n=_NEAR_MAX, cutoff=0.6)
 
 
-def _not_there(ref: HfRef, why: str, available: Sequence[str], near: list[str]) -> NoReturn:
+def _not_there(ref: HfRef, why: str, available: Sequence[str], near: list[str], advice: str = "") -> NoReturn:
     meant = f" (near: {', '.join(near)})" if near else ""
     more = f" and {len(available) - _SHOWN_MAX} more" if len(available) > _SHOWN_MAX else ""
     fail(
@@ -208,6 +209,7 @@ def _not_there(ref: HfRef, why: str, available: Sequence[str], near: list[str]) 
         f"{ref.repo} {why}{meant}; it has {', '.join(available[:_SHOWN_MAX])}{more}",
         available=list(available[:_TOLD_MAX]),
         near=near,
+        suggested_action=advice or "Ask for one of those that it has.",
     )
 
 

@@ -156,7 +156,9 @@ def _raise_first(planned: ImportPlan, errors: list[ArrieroError]) -> None:
     details["refused"] = [
         {"name": row.name, "code": row.code, "why": row.why} for row in planned.refused[:100]
     ]
-    raise ArrieroError(ErrorCode(first.code), f"{first.name}: {first.why}{others}", **details)
+    # Many a reason names the file already.
+    why = first.why if first.why.startswith(first.name) else f"{first.name}: {first.why}"
+    raise ArrieroError(ErrorCode(first.code), f"{why}{others}", **details)
 
 
 async def _copy(piece: Piece, folder: Path, on_read: Callable[[int], None]) -> ModelFile:

@@ -138,6 +138,8 @@ class Job:
     def downloading(self) -> None:
         """Be in the state `downloading`, if not already."""
         if self.state is not DownloadState.DOWNLOADING:
+            # What was read before says nothing of how fast the line is.
+            self._speed = SpeedMeter()
             self.go(DownloadState.DOWNLOADING)
 
     def verifying(self) -> None:

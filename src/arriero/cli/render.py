@@ -93,6 +93,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -102,7 +103,13 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         # As Text, so that no cell is read as markup.
         shown.add_row(*(Text(cell or "-") for cell in row))
-    Console(file=sys.stdout, no_color=not has_colour(sys.stdout)).print(shown)
+    console = Console(file=sys.stdout, no_color=not has_colour(sys.stdout))
+    if Measurement.get(console, console.options.update(max_width=10_000), shown).maximum > console.width:
+        # Squeezed into a narrow terminal, names and ids would be cut: nobody could copy them.
+        for line in plain_table(columns, rows):
+            out(line)
+        return
+    console.print(shown)
 
 
 def bytes_text(size: float) -> str:
@@ -112,6 +119,14 @@ def bytes_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def count_text(count: int) -> str:
+    """Return a large number for people: `950`, `108.9 thousand`, `7.24 billion`."""
+    for limit, unit, digits in ((1e9, "billion", 2), (1e6, "million", 1), (1e3, "thousand", 1)):
+        if count >= limit:
+            return f"{count / limit:.{digits}f} {unit}"
+    return str(count)
 
 
 def progress_text(done: int, total: int | None, speed_mbps: float, eta_s: float | None) -> str:

@@ -151,7 +151,7 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.MODEL_IN_USE: _row(409, "A worker has the model loaded.", "`arriero workers stop ID` first."),
     C.DOWNLOAD_FAILED: _row(502, "A download ended without the whole file.", "Try again: it goes on where it stopped.", retry=True),
     C.DOWNLOAD_TIMEOUT: _timeout("A download brought no byte for too long, in every attempt.", "Check the network, then try again: it goes on where it stopped."),
-    C.INSUFFICIENT_DISK: _row(507, "The disk has too little room.", "Remove models (`arriero models list`), or move ARRIERO_HOME to a larger disk."),
+    C.INSUFFICIENT_DISK: _row(507, "The disk has too little room.", "Make room (`arriero models prune SIZE`), or move ARRIERO_HOME to a larger disk."),
     C.INSUFFICIENT_RAM: _row(507, "The machine, or its memory limit, has too little memory free for the model.", "Use a smaller quantisation, a smaller context, or stop a worker."),
     C.INSUFFICIENT_VRAM: _row(507, "The device has too little memory free for the model.", "Use a smaller quantisation, or --backend cpu."),
     C.BACKEND_UNAVAILABLE: _row(400, "The backend asked for cannot be used on this machine.", "`arriero doctor` shows which can; nothing falls back to the CPU by itself."),

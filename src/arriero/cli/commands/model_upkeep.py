@@ -240,12 +240,14 @@ def backup(*, file: Path, node: str | None, as_json: bool) -> int:
         _write_whole(file, content)
     except OSError as error:
         raise ArrieroError(
-            ErrorCode.STATE_DIR_UNUSABLE, f"{file} cannot be written: {error.strerror}", file=str(file)
-        ) from error
+            ErrorCode.STATE_DIR_UNUSABLE, f"{file} cannot be written: {error.strerror}", file=str(file),
+            suggested_action="Give a file in a folder that is there and may be written to.",
+        ) from error  # fmt: skip
     if as_json:
         render.data({"file": str(file), "size_bytes": len(content), "models": count})
     else:
-        render.out(f"{file}: {count} models, {render.bytes_text(len(content))}")
+        counted = "1 model" if count == 1 else f"{count} models"
+        render.out(f"{file}: {counted}, {render.bytes_text(len(content))}")
     return Exit.OK
 
 

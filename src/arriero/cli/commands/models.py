@@ -204,7 +204,7 @@ def _facts(record: ModelRecord) -> list[tuple[str, str]]:
         ("format", record.format),
         ("architecture", record.architecture),
         ("quantisation", record.quantisation),
-        ("parameters", f"{record.parameters / 1e9:.2f} billion" if record.parameters else ""),
+        ("parameters", render.count_text(record.parameters) if record.parameters else ""),
         ("context", f"{record.context_length} tokens" if record.context_length else ""),
         ("layers", str(record.block_count or "")),
         ("heads", _heads(record)),
