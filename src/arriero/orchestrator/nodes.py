@@ -197,7 +197,10 @@ class NodeRegistry:
         node.address = address
         node.capabilities = snapshot.capabilities
         node.last_connected_unix = self._clock.wall_s()
-        node.downloads = {download.download_id: _on(name, download) for download in snapshot.downloads}
+        before, node.downloads = (
+            node.downloads,
+            {download.download_id: _on(name, download) for download in reversed(snapshot.downloads)},
+        )
         told = {record.worker_id for record in snapshot.workers}
         for record in self.workers.select(node=name):
             if record.worker_id not in told:
@@ -208,6 +211,10 @@ class NodeRegistry:
             self._step(node, NodeState.READY)
         else:
             self._tell(NodeChanged(node=node.record()))
+        for download_id, download in node.downloads.items():
+            if before.get(download_id) != download:
+                # What happened while nobody listened.
+                self._tell(DownloadChanged(download=download))
         return node
 
     def heard(self, node: Node, event: AgentEvent) -> None:

@@ -69,8 +69,8 @@ class Job:
 
     def __init__(self, wants: Wants) -> None:
         self.wants = wants
-        #: Everything told so far; followers keep their own place in it.
-        self.steps: list[Step] = []
+        #: What was told so far, each with its number; of a download that advances only the newest.
+        self.steps: list[tuple[int, Step]] = []
         self.worker_id: str | None = None
         self.error: ArrieroError | None = None
         self.changed = Changed()
@@ -86,7 +86,15 @@ class Job:
 
     def tell(self, step: Step) -> None:
         """Add a step, wake the followers."""
-        self.steps.append(step)
+        number = self.steps[-1][0] + 1 if self.steps else 1
+        if (
+            isinstance(step, TaskDownloading)
+            and self.steps
+            and isinstance(self.steps[-1][1], TaskDownloading)
+        ):
+            # Hours of a download are not told once more to whoever comes late.
+            self.steps.pop()
+        self.steps.append((number, step))
         self.changed.notify()
 
     def ended(self, *, worker_id: str | None = None, error: ArrieroError | None = None) -> None:

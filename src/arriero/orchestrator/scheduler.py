@@ -157,10 +157,10 @@ class Scheduler:
     async def _wait_for_job(self, job: Job, say: Say) -> str:
         told = 0
         while True:
-            while told < len(job.steps):
-                step = job.steps[told]
-                told += 1
-                await say(step)
+            if (fresh := next((step for step in job.steps if step[0] > told), None)) is not None:
+                told = fresh[0]
+                await say(fresh[1])
+                continue
             if job.error is not None:
                 raise _again(job.error)
             if job.worker_id is not None:
