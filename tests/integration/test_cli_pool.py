@@ -223,3 +223,19 @@ def test_doctor_tells_a_taken_port_from_ours(home: Home, tmp_path: Path) -> None
     assert "ours: the agent" in ours.out and f"answers at {url}" in ours.out
     home.run("down")
     home.assert_clean()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_doctor_looks_at_the_disk_of_the_models(home: Home) -> None:
+    home.state.models.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home.state.models)]
+    mounted = subprocess.run(mount, capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no mount here: {mounted.stderr.decode()}")
+    try:
+        checks = home.run("doctor", "--json").json["checks"]
+    finally:
+        subprocess.run(["umount", str(home.state.models)], check=True)
+    [disk] = [check for check in checks if check["name"] == "disk"]
+    assert disk["level"] == "fail" and disk["message"].startswith("0.0 GiB free")

@@ -93,6 +93,19 @@ def test_a_model_is_fetched_told_and_used_without_a_network(home: Home, repo: Pa
     home.assert_clean()
 
 
+def test_a_waiting_request_tells_of_the_download_and_its_failed_attempts(home: Home, repo: Path) -> None:
+    with HubProcess("--failing-lookups=2", "--failing-bytes=1", o__r=repo) as hub:
+        home.env["HF_ENDPOINT"] = hub.url
+        asked = home.run("infer", "--model", "hf:o/r:Q8_0", "--max-tokens", "4", "Count.")
+    assert asked.code == 0, asked
+    lines = asked.err.splitlines()
+    for told in (
+        "[box] fetches hf:o/r:Q8_0: the Hub answered 503, tries again (attempt 2)",
+        "[box] fetches hf:o/r:Q8_0 from hub",
+    ):
+        assert lines.count(told) == 1, lines
+
+
 def test_what_cannot_be_had_is_one_clear_error(home: Home, repo: Path) -> None:
     with HubProcess(f"--gated=o/gated={repo}", f"--token={TOKEN}", o__r=repo) as hub:
         home.env["HF_ENDPOINT"] = hub.url

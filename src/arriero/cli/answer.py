@@ -180,9 +180,12 @@ def _take(event: TaskEvent, answer: Answer) -> None:
 def _tell(event: Any, narrator: Narrator) -> None:
     """Tell the person what an event says besides text."""
     if isinstance(event, TaskDownloading):
+        # Many events carry one sentence: where the bytes come from, or why they do not.
+        narrator.say_once(event.actor or "orchestrator", event.message)
         total = event.bytes_total
         detail = render.progress_text(event.bytes_downloaded, total, event.speed_mbps, event.eta_s)
-        narrator.advance("downloading", event.bytes_downloaded / total if total else None, detail)
+        if event.bytes_downloaded:
+            narrator.advance("downloading", event.bytes_downloaded / total if total else None, detail)
     elif isinstance(event, TaskLoading):
         narrator.advance("loading", event.fraction, event.stage if event.stage != "loading" else "")
     elif isinstance(event, TaskQueued):

@@ -142,7 +142,8 @@ def _home(state: StateDir) -> Iterator[Finding]:
 
 def _disk(state: StateDir) -> Iterator[Finding]:
     try:
-        free_mb = shutil.disk_usage(_existing(state.home)).free // _MIB
+        # The models folder may be a disk of its own.
+        free_mb = shutil.disk_usage(_existing(state.models)).free // _MIB
     except OSError as error:
         yield _fail("disk", f"cannot be asked: {error.strerror}", "Check ARRIERO_HOME.")
         return

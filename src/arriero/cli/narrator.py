@@ -25,6 +25,7 @@ class Narrator:
         self._bar: Any = None
         self._bar_name = ""
         self._plain_shown = -1.0
+        self._told: set[str] = set()
         #: Set while an answer's line is not ended on the same terminal.
         self.is_mid_line = False
 
@@ -42,6 +43,12 @@ class Narrator:
             render.note(f"\x1b[2m{text}\x1b[0m")
         else:
             render.note(text)
+
+    def say_once(self, actor: str, message: str) -> None:
+        """Write one sentence of an actor, unless it was written before."""
+        if message not in self._told:
+            self._told.add(message)
+            self.say(actor, message)
 
     def advance(self, name: str, fraction: float | None, detail: str = "") -> None:
         """Show how far `name` is: 0…1, or None where the end is not known."""

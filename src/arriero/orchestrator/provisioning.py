@@ -296,7 +296,7 @@ class ModelProvisioner:
     async def _follow_download(self, node: Node, job: Job, started: DownloadStarted) -> None:
         model_ref = job.wants.model_ref
         path = f"/v1/models/download/progress?download_id={started.download_id}"
-        told_s = -TELL_EVERY_S
+        told_s, told_why = -TELL_EVERY_S, None
         events = node.peer.events(path, silence_s=DOWNLOAD_SILENCE_S)
         try:
             async for event in events:
@@ -311,8 +311,9 @@ class ModelProvisioner:
                     return
                 if frame.stage in (DownloadState.FAILED, DownloadState.CANCELLED):
                     continue  # The event after this one carries the reason.
-                if now_s - told_s >= TELL_EVERY_S:
-                    told_s = now_s
+                # Numbers may wait; that an attempt failed is gone with the next frame.
+                if now_s - told_s >= TELL_EVERY_S or frame.retry_reason not in (None, told_why):
+                    told_s, told_why = now_s, frame.retry_reason
                     job.tell(_downloading(node, model_ref, frame))
         except msgspec.DecodeError as error:
             raise ArrieroError(ErrorCode.VERSION_MISMATCH, "a download told what is none of ours") from error
