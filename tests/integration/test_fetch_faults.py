@@ -318,3 +318,10 @@ async def test_a_pickle_is_refused_before_a_byte_is_asked_for(tmp_path: Path) ->
             await kit.provisioner.ensure(f"{server.url}/pytorch_model.bin")
         assert failed.value.code is ErrorCode.INVALID_MODEL_REFERENCE
         assert server.requests == []
+
+
+async def test_a_source_that_gave_nothing_leaves_nothing(tmp_path: Path) -> None:
+    async with FaultServer(CONTENT, [Answer(status=500)]) as server, kit_in(tmp_path) as kit:
+        with pytest.raises(ArrieroError):
+            await kit.provisioner.ensure(f"{server.url}/m.gguf")
+        assert kit.files() == []

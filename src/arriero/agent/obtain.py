@@ -195,14 +195,18 @@ class Obtainer:
             job.source = supply.source
             return await self._fetch_all(job, supply, folder)
 
-    async def drop(self, job: Job) -> None:
-        """Remove what was fetched for a job, unless another one goes on with it already."""
+    async def drop(self, job: Job, *, is_all: bool) -> None:
+        """Remove what was fetched for a job, unless another one goes on with it already.
+
+        Without `is_all` what has bytes stays: the next one goes on with them.
+        """
         folder = job.folder
         if folder is None or folder in self._turns:
             return
         self._turns[folder] = job
         try:
-            await in_thread(lambda: partial_folder.drop(folder))
+            if is_all or not await in_thread(lambda: partial_folder.has_bytes(folder)):
+                await in_thread(lambda: partial_folder.drop(folder))
         finally:
             del self._turns[folder]
 

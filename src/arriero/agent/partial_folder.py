@@ -47,6 +47,16 @@ def prepare(folder: Path) -> None:
         ready.rmdir()
 
 
+def has_bytes(folder: Path) -> bool:
+    """Return whether anything of a download came; where nobody can say, it did."""
+    try:
+        parts = [*folder.glob("*.part"), *folder.glob(f"{_READY}/*")]
+        # A sparse file may be as long as the model and hold nothing.
+        return any(part.lstat().st_blocks for part in parts)
+    except OSError:
+        return True
+
+
 def drop(folder: Path) -> None:
     """Remove what is left of a download; nothing if there is nothing."""
     if folder.is_symlink():

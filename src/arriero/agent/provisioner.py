@@ -330,9 +330,9 @@ class ModelProvisioner:
         running.job.finish(DownloadState.FAILED, error)
 
     async def _drop(self, running: _Running) -> None:
-        """Remove what was fetched, where nothing of it is to be kept."""
-        if running.is_clean and self._obtainer is not None:
-            await self._obtainer.drop(running.job)
+        """Remove what was fetched, where nothing of it is to be kept, or nothing came."""
+        if self._obtainer is not None:
+            await self._obtainer.drop(running.job, is_all=running.is_clean)
 
     async def _close(self, running: _Running) -> None:
         """Note that a download is not open any more."""

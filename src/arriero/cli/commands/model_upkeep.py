@@ -99,6 +99,8 @@ def verify(*, wanted: tuple[str, ...], is_all: bool, node: str | None, quiet: bo
                 )
     if as_json:
         render.data({"verified": results})
+    elif not results:
+        render.note("this machine has no models")
     elif failed is not None:
         raise failed
     return int(failed.kind.exit_code) if failed is not None else Exit.OK
