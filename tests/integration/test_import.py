@@ -166,8 +166,11 @@ async def test_an_import_that_is_left_leaves_nothing(tmp_path: Path) -> None:
         assert any(".partial/import-" in name for name in stock.kit.files()), "hidden while it is not whole"
         assert await stock.kit.catalog.records() == []
         stream.close()
-        may_go_on.set()
-        await stock.ask(wait_for, lambda: not stock.kit.files(), "nothing is left of it")
+        # Held until the agent has seen it go: an import that was quicker would rightly be there.
+        try:
+            await stock.ask(wait_for, lambda: not stock.kit.files(), "nothing is left of it")
+        finally:
+            may_go_on.set()
         assert await stock.kit.catalog.records() == []
 
 
