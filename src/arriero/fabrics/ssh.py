@@ -55,7 +55,6 @@ class SshFabric:
                     "Connection",
                     await login.log_in(
                         address,
-                        clock=self._clock,
                         entropy=self._entropy,
                         sockets_dir=self._sockets_dir,
                         timeout_s=self._connect_timeout_s,

@@ -16,7 +16,6 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, SocketPath
 from arriero.fabrics.outcome import Kept, checked, not_ended
 from arriero.fabrics.quoting import PID_MARK, command_line
-from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.processes import exit_code_of
 
@@ -84,7 +83,6 @@ class SshConnection:
         self,
         connection: asyncssh.SSHClientConnection,
         gone: Gone,
-        clock: Clock,
         entropy: Entropy,
         *,
         name: str,
@@ -92,7 +90,6 @@ class SshConnection:
     ) -> None:
         self._connection = connection
         self._gone = gone
-        self._clock = clock
         self._entropy = entropy
         self._name = name
         self._sockets_dir = sockets_dir

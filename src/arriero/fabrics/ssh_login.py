@@ -4,20 +4,27 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
-from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
 KEEPALIVE_EVERY_S: Final = 1.0
 #: Asked and not answered so often, the connection is given up when the next one is due: after 3 s.
 KEEPALIVES_UNANSWERED_MAX: Final = 2
 SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
+#: Kinds of host keys and the algorithms they sign with, the first ones preferred, as OpenSSH does.
+KINDS: Final[dict[str, tuple[str, ...]]] = {
+    "ssh-ed25519": ("ssh-ed25519",),
+    "ecdsa-sha2-nistp256": ("ecdsa-sha2-nistp256",),
+    "ecdsa-sha2-nistp384": ("ecdsa-sha2-nistp384",),
+    "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
+    "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
+}
 #: Instead of an empty list, which would stand for ~/.ssh/known_hosts.
 _NO_KNOWN_HOSTS: Final[Any] = ([], [], [])
 
@@ -42,6 +49,11 @@ class Presented:
         """Its algorithm's name."""
         return self.key.get_algorithm()
 
+    @property
+    def short_type(self) -> str:
+        """Its kind, as OpenSSH names files after it."""
+        return self.key_type.removeprefix("ssh-").partition("-")[0]
+
 
 class _Client(asyncssh.SSHClient):
     """Decides on host keys that known_hosts does not hold, and tells when the connection is gone."""
@@ -64,7 +76,7 @@ class _Client(asyncssh.SSHClient):
 
 
 async def log_in(
-    address: NodeAddress, *, clock: Clock, entropy: Entropy, sockets_dir: Path, timeout_s: float
+    address: NodeAddress, *, entropy: Entropy, sockets_dir: Path, timeout_s: float
 ) -> SshConnection:
     """Return a connection that is logged in.
 
@@ -72,49 +84,71 @@ async def log_in(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            if address.host_key is None:
-                connection, gone = await _by_known_hosts(address)
-            else:
-                connection, gone = await _by_pinned_key(address)
+            connection, gone = await _trusted(address, await asyncio.to_thread(_Trust, address))
     except TimeoutError as error:
         raise _unreachable(address, f"no login within {timeout_s:g} s") from error
     except (asyncssh.Error, OSError, ValueError) as error:
         raise _explained(address, error) from error
-    return SshConnection(connection, gone, clock, entropy, name=str(address), sockets_dir=sockets_dir)
+    return SshConnection(connection, gone, entropy, name=str(address), sockets_dir=sockets_dir)
 
 
-async def _by_known_hosts(address: NodeAddress) -> "_LoggedIn":
-    known_hosts = await asyncio.to_thread(_known_hosts, address)
-    try:
-        return await _open(address, known_hosts)
-    except _NotTrusted as error:
-        is_changed = await asyncio.to_thread(_is_known, known_hosts, error.presented)
-        raise _unknown(address, error.presented, is_changed=is_changed) from error
-    except asyncssh.KeyExchangeFailed as error:
-        if "host key" not in error.reason:
-            raise
-        # known_hosts holds keys of other kinds than the server has: ask what it shows instead.
-        try:
-            await _open(address, _NO_KNOWN_HOSTS)
-        except _NotTrusted as shown:
-            raise _unknown(address, shown.presented, is_changed=True) from error
-        raise AssertionError("a key that nothing vouches for was accepted") from error
+class _Trust:
+    """Which host keys are trusted, as far as it is known without asking the machine; reads files."""
+
+    def __init__(self, address: NodeAddress) -> None:
+        self.pinned = address.host_key
+        self.known_hosts: Any = _NO_KNOWN_HOSTS
+        self._preferred: list[str] = []
+        if self.pinned is None:
+            options = asyncssh.SSHClientConnectionOptions(**_target(address), client_keys=None)
+            self.known_hosts = _known_hosts(options.known_hosts)
+            keys, authorities = self._match(options.host_key_alias or options.host, "", options.port)
+            certificates = [f"{name}-cert-v01@openssh.com" for kind in KINDS for name in KINDS[kind]]
+            self._preferred = [*(certificates if authorities else []), *_algorithms(keys)]
+
+    def algorithms(self) -> list[str]:
+        """Return what to ask for first: the kinds that are known, then the others as people prefer them."""
+        return list(dict.fromkeys([*self._preferred, *_algorithms(list(KINDS))]))
+
+    def expected(self, presented: Presented, tried: Sequence[str]) -> list[str]:
+        """Return, blocking, what else the machine may show that would be trusted."""
+        kinds = list(KINDS) if self.pinned is not None else self.known_kinds(presented)
+        return _algorithms([kind for kind in kinds if kind not in tried])
+
+    def known_kinds(self, presented: Presented) -> list[str]:
+        """Return, blocking, the kinds of keys that known_hosts has for the machine that showed one."""
+        return self._match(presented.host, presented.ip_address, presented.port)[0]
+
+    def _match(self, host: str, ip_address: str, port: int) -> tuple[list[str], bool]:
+        other_port = None if port == asyncssh.DEFAULT_PORT else port
+        found = asyncssh.match_known_hosts(self.known_hosts, host, ip_address, other_port)
+        return [key.get_algorithm() for key in found[0]], bool(found[1])
 
 
-async def _by_pinned_key(address: NodeAddress) -> "_LoggedIn":
+async def _trusted(address: NodeAddress, trust: _Trust) -> "_LoggedIn":
     first: Presented | None = None
-    refused: list[str] = []
+    tried: list[str] = []
+    algorithms = trust.algorithms()
     while True:
         try:
-            return await _open(address, _NO_KNOWN_HOSTS, without=refused)
+            return await _open(address, trust, algorithms)
         except _NotTrusted as error:
-            # A server has keys of several kinds, and the pinned one need not be of the kind we like best.
+            # A machine has keys of several kinds; the one that is trusted need not be shown first.
             first = first or error.presented
-            refused.append(error.presented.key_type)
-        except asyncssh.KeyExchangeFailed as error:
+            tried.append(error.presented.key_type)
+            algorithms = await asyncio.to_thread(trust.expected, error.presented, tried)
+            if not algorithms:
+                is_changed = trust.pinned is not None or bool(trust.known_kinds(first))
+                raise _unknown(address, first, is_changed=is_changed) from error
+        except (asyncssh.DisconnectError, OSError) as error:
+            # It has none of those: it says so, or hangs up.
             if first is None:
                 raise
             raise _unknown(address, first, is_changed=True) from error
+
+
+def _algorithms(kinds: Sequence[str]) -> list[str]:
+    return [name for kind in kinds for name in KINDS.get(kind, ())]
 
 
 class _NotTrusted(Exception):
@@ -128,19 +162,17 @@ class _NotTrusted(Exception):
 _LoggedIn: TypeAlias = tuple[asyncssh.SSHClientConnection, Gone]
 
 
-async def _open(address: NodeAddress, known_hosts: Any, *, without: Sequence[str] = ()) -> _LoggedIn:
-    """Connect once; `without` names kinds of host keys that are not accepted."""
+async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) -> _LoggedIn:
+    """Connect once, and accept host keys of these kinds alone."""
     gone = Gone()
     client = _Client(address.host_key, gone)
-    # Each kind stands for its certificates too, and RSA for its newer signatures.
-    patterns = ",".join("ssh-rsa*,rsa-sha2-*" if kind == "ssh-rsa" else f"{kind}*" for kind in without)
     try:
         connection = await asyncssh.connect(
             **_target(address),
             client_keys=_keys(address),
             client_factory=lambda: client,
-            known_hosts=known_hosts,
-            server_host_key_algs=f"-{patterns}" if patterns else (),
+            known_hosts=trust.known_hosts,
+            server_host_key_algs=list(algorithms),
             keepalive_interval=KEEPALIVE_EVERY_S,
             keepalive_count_max=KEEPALIVES_UNANSWERED_MAX,
             # What the user's configuration may send along, or open, is for the user's own sessions.
@@ -173,22 +205,15 @@ def _keys(address: NodeAddress) -> Any:
     return () if address.key_path is None else [str(Path(address.key_path).expanduser())]
 
 
-def _known_hosts(address: NodeAddress) -> Any:
-    """Return, blocking, the files of known hosts that the user's configuration names for this host."""
-    options = asyncssh.SSHClientConnectionOptions(**_target(address), client_keys=None)
-    # None, for `UserKnownHostsFile none`: it would switch the check off, here it means that none is known.
-    named = [Path(str(name)).expanduser() for name in cast("list[str]", options.known_hosts or [])]
-    if options.known_hosts is not None:
-        named = [*(named or [Path("~/.ssh/known_hosts").expanduser()]), SYSTEM_KNOWN_HOSTS]
-    found = [str(path) for path in named if path.is_file()]
-    return found or _NO_KNOWN_HOSTS
+def _known_hosts(named: Any) -> Any:
+    """Return, blocking, those of the files of known hosts that are there.
 
-
-def _is_known(known_hosts: Any, presented: Presented) -> bool:
-    """Return, blocking, whether another key is known for the host."""
-    port = None if presented.port == asyncssh.DEFAULT_PORT else presented.port
-    found = asyncssh.match_known_hosts(known_hosts, presented.host, presented.ip_address, port)
-    return bool(found[0])
+    None, for `UserKnownHostsFile none`, would switch the check off; here it means that no host is known.
+    """
+    if named is None:
+        return _NO_KNOWN_HOSTS
+    paths = [Path(str(name)).expanduser() for name in named or ["~/.ssh/known_hosts"]]
+    return [str(path) for path in [*paths, SYSTEM_KNOWN_HOSTS] if path.is_file()] or _NO_KNOWN_HOSTS
 
 
 # --- What a person is told -----------------------------------------------------------------------
@@ -215,8 +240,8 @@ def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) ->
         ErrorCode.SSH_HOST_KEY_UNKNOWN,
         f"the host key of {address} is not known: it shows {shown}",
         **details,
-        suggested_action="compare the fingerprint with the machine's own (`ssh-keygen -lf "
-        f"/etc/ssh/ssh_host_ed25519_key.pub` there), then give --accept-host-key {presented.fingerprint}",
+        suggested_action="compare the fingerprint with what `ssh-keygen -lf /etc/ssh/ssh_host_"
+        f"{presented.short_type}_key.pub` prints there, then give --accept-host-key {presented.fingerprint}",
     )
 
 

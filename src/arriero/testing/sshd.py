@@ -47,13 +47,15 @@ class SshServer:
         self.key = folder / "key"
         self.wrong_key = folder / "wrong_key"
         self.log = folder / "sshd.log"
+        #: $HOME of what runs there; commands and files without a path begin in the user's own home.
+        self.home = folder / "home"
         self._host_key_types = tuple(host_key_types)
         self._more_config = more_config
         self._process: subprocess.Popen[bytes] | None = None
         self._host_keys: dict[str, asyncssh.SSHKey] = {}
 
     def __enter__(self) -> "SshServer":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
         _new_key("ssh-ed25519", self.wrong_key)
         public = _new_key("ssh-ed25519", self.key).export_public_key()
         (self.folder / "authorized_keys").write_bytes(public)
@@ -159,6 +161,8 @@ class SshServer:
             "MaxStartups 1000",
             "LogLevel INFO",
             "Subsystem sftp internal-sftp",
+            # What the user's own shell does at its start is nothing for tests.
+            f"SetEnv HOME={self.home}",
             self._more_config,
         ]
         plain = "\n".join(lines) + "\n"
