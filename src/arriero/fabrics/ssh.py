@@ -1,0 +1,106 @@
+"""How is a machine reached by SSH: how often is it tried, and with which key?"""
+
+import asyncio
+import logging
+import stat
+from pathlib import Path
+from types import ModuleType
+from typing import Final, cast
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.domain import backoff
+from arriero.fabrics.base import Connection, NodeAddress
+from arriero.runtime.clock import Clock
+from arriero.runtime.entropy import Entropy
+
+CONNECT_TIMEOUT_S: Final = 10.0
+ATTEMPTS: Final = 3
+#: 0 to 200, then 0 to 400 ms.
+RETRY_BASE_S: Final = 0.2
+
+
+class SshFabric:
+    """Machines by SSH, as OpenSSH's configuration, keys and agent of this user reach them.
+
+    `sockets_dir` is private to the user and short: a unix socket's path has at most 107 bytes.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        entropy: Entropy,
+        *,
+        sockets_dir: Path,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._clock = clock
+        self._entropy = entropy
+        self._sockets_dir = sockets_dir
+        self._connect_timeout_s = connect_timeout_s
+
+    async def connect(self, address: NodeAddress) -> Connection:
+        """Return a connection to a machine, after up to three attempts where it does not answer.
+
+        Raises SSH_HOST_KEY_UNKNOWN (details: fingerprint, key_type, is_changed), SSH_AUTH_FAILED,
+        NODE_UNREACHABLE; INVALID_SETTINGS if ~/.ssh/config cannot be read.
+        """
+        if address.key_path is not None:
+            await asyncio.to_thread(check_key_file, address.key_path)
+        # A quarter of a second of imports, which only those pay who have machines behind SSH.
+        login = await asyncio.to_thread(_load)
+        attempt = 1
+        while True:
+            try:
+                return cast(
+                    "Connection",
+                    await login.log_in(
+                        address,
+                        entropy=self._entropy,
+                        sockets_dir=self._sockets_dir,
+                        timeout_s=self._connect_timeout_s,
+                    ),
+                )
+            except ArrieroError as error:
+                if error.code is not ErrorCode.NODE_UNREACHABLE:
+                    raise
+                if attempt == ATTEMPTS:
+                    error.details["attempts"] = attempt
+                    raise
+            await self._clock.sleep_s(backoff.delay_s(attempt, self._entropy.chance(), RETRY_BASE_S))
+            attempt += 1
+
+
+def check_key_file(key_path: str) -> None:
+    """Know, blocking, that a private key's file is there and nobody else's to read.
+
+    Raises SSH_AUTH_FAILED.  Nothing was sent to anybody then.
+    """
+    path = Path(key_path).expanduser()
+    try:
+        found = path.stat()
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        fail(
+            ErrorCode.SSH_AUTH_FAILED,
+            f"the key {key_path} cannot be read: {error.strerror}",
+            key_path=key_path,
+            suggested_action="give the path of a private key, or none to use those of ssh-agent and ~/.ssh",
+        )
+    if not stat.S_ISREG(found.st_mode):
+        fail(ErrorCode.SSH_AUTH_FAILED, f"the key {key_path} is no regular file", key_path=key_path)
+    if found.st_mode & 0o077:
+        fail(
+            ErrorCode.SSH_AUTH_FAILED,
+            f"the key {key_path} can be read by others (mode {stat.S_IMODE(found.st_mode):03o}, at most 600)",
+            key_path=key_path,
+            suggested_action=f"chmod 600 {key_path}",
+        )
+
+
+def _load() -> ModuleType:
+    from arriero.fabrics import ssh_login
+
+    # It tells every command and channel; what matters of it is in our errors.
+    logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
+    return ssh_login

@@ -1,0 +1,288 @@
+"""Who answers at that address, may we trust it, and does it let us in?  (One attempt.)"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import asyncssh
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
+from arriero.runtime.entropy import Entropy
+
+KEEPALIVE_EVERY_S: Final = 1.0
+#: Asked and not answered so often, the connection is given up when the next one is due: after 3 s.
+KEEPALIVES_UNANSWERED_MAX: Final = 2
+SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
+#: Kinds of host keys and the algorithms they sign with, the first ones preferred, as OpenSSH does.
+KINDS: Final[dict[str, tuple[str, ...]]] = {
+    "ssh-ed25519": ("ssh-ed25519",),
+    "ecdsa-sha2-nistp256": ("ecdsa-sha2-nistp256",),
+    "ecdsa-sha2-nistp384": ("ecdsa-sha2-nistp384",),
+    "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
+    "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
+}
+#: Instead of an empty list, which would stand for ~/.ssh/known_hosts.
+_NO_KNOWN_HOSTS: Final[Any] = ([], [], [])
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """The host key that a server showed and that nothing vouches for."""
+
+    key: asyncssh.SSHKey
+    #: As known_hosts calls it.
+    host: str
+    ip_address: str
+    port: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Its SHA-256, as `ssh-keygen -l` prints it."""
+        return self.key.get_fingerprint()
+
+    @property
+    def key_type(self) -> str:
+        """Its algorithm's name."""
+        return self.key.get_algorithm()
+
+    @property
+    def short_type(self) -> str:
+        """Its kind, as OpenSSH names files after it."""
+        return self.key_type.removeprefix("ssh-").partition("-")[0]
+
+
+class _Client(asyncssh.SSHClient):
+    """Decides on host keys that known_hosts does not hold, and tells when the connection is gone."""
+
+    def __init__(self, pinned: str | None, gone: Gone) -> None:
+        self._pinned = pinned
+        self._gone = gone
+        self.presented: Presented | None = None
+
+    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+        """Return whether the key is the pinned one."""
+        if self._pinned is not None and key.get_fingerprint() == self._pinned:
+            return True
+        self.presented = Presented(key, host, addr, port)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell why the connection is gone."""
+        self._gone.tell("closed" if exc is None else reason_of(exc))
+
+
+async def log_in(
+    address: NodeAddress, *, entropy: Entropy, sockets_dir: Path, timeout_s: float
+) -> SshConnection:
+    """Return a connection that is logged in.
+
+    Raises SSH_HOST_KEY_UNKNOWN, SSH_AUTH_FAILED, NODE_UNREACHABLE, INVALID_SETTINGS.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection, gone = await _trusted(address, await asyncio.to_thread(_Trust, address))
+    except TimeoutError as error:
+        raise _unreachable(address, f"no login within {timeout_s:g} s") from error
+    except (asyncssh.Error, OSError, ValueError) as error:
+        raise _explained(address, error) from error
+    return SshConnection(connection, gone, entropy, name=str(address), sockets_dir=sockets_dir)
+
+
+class _Trust:
+    """Which host keys are trusted, as far as it is known without asking the machine; reads files."""
+
+    def __init__(self, address: NodeAddress) -> None:
+        self.pinned = address.host_key
+        self.known_hosts: Any = _NO_KNOWN_HOSTS
+        self._preferred: list[str] = []
+        if self.pinned is None:
+            options = asyncssh.SSHClientConnectionOptions(**_target(address), client_keys=None)
+            self.known_hosts = _known_hosts(options.known_hosts)
+            keys, authorities = self._match(options.host_key_alias or options.host, "", options.port)
+            certificates = [f"{name}-cert-v01@openssh.com" for kind in KINDS for name in KINDS[kind]]
+            self._preferred = [*(certificates if authorities else []), *_algorithms(keys)]
+
+    def algorithms(self) -> list[str]:
+        """Return what to ask for first: the kinds that are known, then the others as people prefer them."""
+        return list(dict.fromkeys([*self._preferred, *_algorithms(list(KINDS))]))
+
+    def expected(self, presented: Presented, tried: Sequence[str]) -> list[str]:
+        """Return, blocking, what else the machine may show that would be trusted."""
+        kinds = list(KINDS) if self.pinned is not None else self.known_kinds(presented)
+        return _algorithms([kind for kind in kinds if kind not in tried])
+
+    def known_kinds(self, presented: Presented) -> list[str]:
+        """Return, blocking, the kinds of keys that known_hosts has for the machine that showed one."""
+        return self._match(presented.host, presented.ip_address, presented.port)[0]
+
+    def _match(self, host: str, ip_address: str, port: int) -> tuple[list[str], bool]:
+        other_port = None if port == asyncssh.DEFAULT_PORT else port
+        found = asyncssh.match_known_hosts(self.known_hosts, host, ip_address, other_port)
+        return [key.get_algorithm() for key in found[0]], bool(found[1])
+
+
+async def _trusted(address: NodeAddress, trust: _Trust) -> "_LoggedIn":
+    first: Presented | None = None
+    tried: list[str] = []
+    algorithms = trust.algorithms()
+    while True:
+        try:
+            return await _open(address, trust, algorithms)
+        except _NotTrusted as error:
+            # A machine has keys of several kinds; the one that is trusted need not be shown first.
+            first = first or error.presented
+            tried.append(error.presented.key_type)
+            algorithms = await asyncio.to_thread(trust.expected, error.presented, tried)
+            if not algorithms:
+                is_changed = trust.pinned is not None or bool(trust.known_kinds(first))
+                raise _unknown(address, first, is_changed=is_changed) from error
+        except (asyncssh.DisconnectError, OSError) as error:
+            # It has none of those: it says so, or hangs up.
+            if first is None:
+                raise
+            raise _unknown(address, first, is_changed=True) from error
+
+
+def _algorithms(kinds: Sequence[str]) -> list[str]:
+    return [name for kind in kinds for name in KINDS.get(kind, ())]
+
+
+class _NotTrusted(Exception):
+    """Nothing vouches for the host key that was shown."""
+
+    def __init__(self, presented: Presented) -> None:
+        super().__init__(presented.fingerprint)
+        self.presented = presented
+
+
+_LoggedIn: TypeAlias = tuple[asyncssh.SSHClientConnection, Gone]
+
+
+async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) -> _LoggedIn:
+    """Connect once, and accept host keys of these kinds alone."""
+    gone = Gone()
+    client = _Client(address.host_key, gone)
+    try:
+        connection = await asyncssh.connect(
+            **_target(address),
+            client_keys=_keys(address),
+            client_factory=lambda: client,
+            known_hosts=trust.known_hosts,
+            server_host_key_algs=list(algorithms),
+            keepalive_interval=KEEPALIVE_EVERY_S,
+            keepalive_count_max=KEEPALIVES_UNANSWERED_MAX,
+            # What the user's configuration may send along, or open, is for the user's own sessions.
+            command=None,
+            env={},
+            send_env=[],
+            request_pty=False,
+            agent_forwarding=False,
+            x11_forwarding=False,
+        )
+    except asyncssh.HostKeyNotVerifiable as error:
+        if client.presented is None:
+            raise
+        raise _NotTrusted(client.presented) from error
+    return connection, gone
+
+
+def _target(address: NodeAddress) -> dict[str, Any]:
+    # What is left out is looked up in ~/.ssh/config.
+    target: dict[str, Any] = {"host": address.host}
+    if address.port is not None:
+        target["port"] = address.port
+    if address.user is not None:
+        target["username"] = address.user
+    return target
+
+
+def _keys(address: NodeAddress) -> Any:
+    # Nothing stands for those of ~/.ssh/config, else of ~/.ssh; the agent's are tried before any.
+    return () if address.key_path is None else [str(Path(address.key_path).expanduser())]
+
+
+def _known_hosts(named: Any) -> Any:
+    """Return, blocking, those of the files of known hosts that are there.
+
+    None, for `UserKnownHostsFile none`, would switch the check off; here it means that no host is known.
+    """
+    if named is None:
+        return _NO_KNOWN_HOSTS
+    paths = [Path(str(name)).expanduser() for name in named or ["~/.ssh/known_hosts"]]
+    return [str(path) for path in [*paths, SYSTEM_KNOWN_HOSTS] if path.is_file()] or _NO_KNOWN_HOSTS
+
+
+# --- What a person is told -----------------------------------------------------------------------
+
+
+def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) -> ArrieroError:
+    shown = f"{presented.key_type} {presented.fingerprint}"
+    details = {
+        "address": str(address),
+        "fingerprint": presented.fingerprint,
+        "key_type": presented.key_type,
+        "is_changed": is_changed,
+    }
+    if is_changed:
+        return ArrieroError(
+            ErrorCode.SSH_HOST_KEY_UNKNOWN,
+            f"the host key of {address} has CHANGED: it shows {shown}, another one is known. Somebody may be "
+            "listening in, or the machine was installed anew",
+            **details,
+            suggested_action="ask whoever runs the machine; if the key is right, remove the old one "
+            f"(`ssh-keygen -R`) and give --accept-host-key {presented.fingerprint}",
+        )
+    return ArrieroError(
+        ErrorCode.SSH_HOST_KEY_UNKNOWN,
+        f"the host key of {address} is not known: it shows {shown}",
+        **details,
+        suggested_action="compare the fingerprint with what `ssh-keygen -lf /etc/ssh/ssh_host_"
+        f"{presented.short_type}_key.pub` prints there, then give --accept-host-key {presented.fingerprint}",
+    )
+
+
+def _unreachable(address: NodeAddress, why: str) -> ArrieroError:
+    return ArrieroError(
+        ErrorCode.NODE_UNREACHABLE,
+        f"{address} cannot be reached by SSH: {why}",
+        address=str(address),
+        suggested_action=f"try `ssh {address.user + '@' if address.user else ''}{address.host}`; "
+        "check the address, the port and that sshd runs there",
+    )
+
+
+def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
+    reason = reason_of(error)
+    if isinstance(error, asyncssh.HostKeyNotVerifiable):
+        # Revoked, a bad certificate, or the key of a host on the way (ProxyJump).
+        return ArrieroError(
+            ErrorCode.SSH_HOST_KEY_UNKNOWN,
+            f"a host key on the way to {address} is not accepted: {reason}",
+            address=str(address),
+            suggested_action=f"try `ssh {address.host}`: it tells which host, and accepts its key",
+        )
+    # OpenSSH ends a login after too many keys with a protocol error, of which only the text tells.
+    if isinstance(error, asyncssh.PermissionDenied) or "authentication failures" in reason:
+        return ArrieroError(
+            ErrorCode.SSH_AUTH_FAILED,
+            f"{address} refused the login: {reason}",
+            address=str(address),
+            suggested_action="check the user name, give the key with --key, and see that its public half "
+            "stands in ~/.ssh/authorized_keys there",
+        )
+    if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError):
+        return ArrieroError(
+            ErrorCode.SSH_AUTH_FAILED,
+            f"a private key for {address} cannot be used: {reason}",
+            address=str(address),
+            suggested_action="put a key with a passphrase into ssh-agent (`ssh-add`) and give no --key",
+        )
+    if isinstance(error, asyncssh.ConfigParseError):
+        return ArrieroError(ErrorCode.INVALID_SETTINGS, f"~/.ssh/config cannot be read: {reason}")
+    if isinstance(error, asyncssh.Error | OSError):
+        return _unreachable(address, reason)
+    raise error

@@ -1,0 +1,364 @@
+"""What goes wrong between here and a machine, played by a real sshd; each fault has its own error."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncssh
+import pytest
+from aiohttp import ClientError, ClientSession, UnixConnector
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.fabrics.base import Connection, NodeAddress, SocketPath
+from arriero.fabrics.ssh import SshFabric
+from arriero.runtime.clock import SystemClock
+from arriero.runtime.entropy import SeededEntropy
+from arriero.testing.sshd import SshServer, sshd_path
+
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """A server that no test changes."""
+    with SshServer(
+        tmp_path_factory.mktemp("sshd"), host_key_types=["ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"]
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[SshServer]:
+    """A server of one test."""
+    with SshServer(tmp_path / "sshd") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def ssh_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ~/.ssh, and no agent."""
+    folder = tmp_path / "home" / ".ssh"
+    folder.mkdir(parents=True, mode=0o700)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return folder
+
+
+@pytest.fixture
+def fabric() -> Iterator[SshFabric]:
+    folder = Path(tempfile.mkdtemp(prefix="arr-"))
+    yield SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=folder, connect_timeout_s=5)
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+def known(server: SshServer, **parts: str) -> NodeAddress:
+    given = {"key_path": str(server.key), "host_key": server.fingerprint(), **parts}
+    return NodeAddress.parse(server.target, **given)
+
+
+@asynccontextmanager
+async def connected(fabric: SshFabric, address: NodeAddress) -> AsyncIterator[Connection]:
+    connection = await fabric.connect(address)
+    try:
+        yield connection
+    finally:
+        await connection.aclose()
+
+
+async def works(fabric: SshFabric, address: NodeAddress) -> None:
+    async with connected(fabric, address) as connection:
+        assert (await connection.run(["echo", "hi"], timeout_s=10)).stdout == b"hi\n"
+
+
+async def refused(fabric: SshFabric, address: NodeAddress) -> ArrieroError:
+    with pytest.raises(ArrieroError) as caught:
+        await fabric.connect(address)
+    return caught.value
+
+
+# --- Keys and users ------------------------------------------------------------------------------
+
+
+async def test_a_wrong_key(fabric: SshFabric, standing: SshServer) -> None:
+    error = await refused(fabric, known(standing, key_path=str(standing.wrong_key)))
+    assert error.code is ErrorCode.SSH_AUTH_FAILED
+    assert "authorized_keys" in error.details["suggested_action"]
+
+
+async def test_a_wrong_user(fabric: SshFabric, standing: SshServer) -> None:
+    address = NodeAddress(
+        "127.0.0.1", standing.port, "nobody-of-that-name", str(standing.key), standing.fingerprint()
+    )
+    assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
+
+
+async def test_no_key_at_all(fabric: SshFabric, standing: SshServer) -> None:
+    address = NodeAddress.parse(standing.target, host_key=standing.fingerprint())
+    assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
+
+
+@pytest.mark.parametrize("fault", ["missing", "open", "folder"])
+async def test_a_key_file_is_checked_before_anything_is_sent(
+    fabric: SshFabric, tmp_path: Path, fault: str
+) -> None:
+    key = tmp_path / "key"
+    if fault == "open":
+        key.write_bytes(b"secret")
+        key.chmod(0o640)
+    elif fault == "folder":
+        key.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        error = await refused(fabric, NodeAddress("127.0.0.1", port, "ana", str(key)))
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert error.code is ErrorCode.SSH_AUTH_FAILED
+    if fault == "open":
+        assert error.details["suggested_action"] == f"chmod 600 {key}"
+
+
+async def test_a_key_with_a_passphrase(fabric: SshFabric, standing: SshServer, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    shutil.copy(standing.key, locked)
+    change = ["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", str(locked)]
+    assert await (await asyncio.create_subprocess_exec(*change)).wait() == 0
+    error = await refused(fabric, known(standing, key_path=str(locked)))
+    assert error.code is ErrorCode.SSH_AUTH_FAILED and "ssh-add" in error.details["suggested_action"]
+
+
+async def test_a_file_that_is_no_key(fabric: SshFabric, standing: SshServer, tmp_path: Path) -> None:
+    (tmp_path / "no_key").write_text("hello")
+    (tmp_path / "no_key").chmod(0o600)
+    error = await refused(fabric, known(standing, key_path=str(tmp_path / "no_key")))
+    assert error.code is ErrorCode.SSH_AUTH_FAILED
+
+
+async def test_too_many_keys(fabric: SshFabric, standing: SshServer, ssh_dir: Path) -> None:
+    names = [ssh_dir / f"key{index}" for index in range(8)]
+    for path in names:
+        path.write_bytes(asyncssh.generate_private_key("ssh-ed25519").export_private_key())
+    (ssh_dir / "config").write_text("".join(f"IdentityFile {path}\n" for path in names))
+    address = NodeAddress.parse(standing.target, host_key=standing.fingerprint())
+    assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
+
+
+# --- Host keys -----------------------------------------------------------------------------------
+
+
+async def test_an_unknown_host_key_is_shown_and_can_be_accepted(
+    fabric: SshFabric, standing: SshServer
+) -> None:
+    error = await refused(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+    assert error.details["key_type"] == "ssh-ed25519"
+    assert error.details["is_changed"] is False
+    fingerprint = error.details["fingerprint"]
+    assert fingerprint == standing.fingerprint()
+    assert f"--accept-host-key {fingerprint}" in error.details["suggested_action"]
+    await works(fabric, known(standing, host_key=fingerprint))
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"])
+async def test_any_kind_of_host_key_may_be_pinned(fabric: SshFabric, standing: SshServer, kind: str) -> None:
+    await works(fabric, known(standing, host_key=standing.fingerprint(kind)))
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"])
+async def test_any_kind_of_host_key_may_stand_in_known_hosts(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, kind: str
+) -> None:
+    (ssh_dir / "known_hosts").write_text(standing.known_hosts_line(kind))
+    await works(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+
+
+async def test_a_pinned_host_key_that_changed(fabric: SshFabric, server: SshServer) -> None:
+    address = known(server)
+    server.kill()
+    server.renew_host_keys(["ssh-ed25519", "ssh-rsa"])
+    server.start()
+    error = await refused(fabric, address)
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+    assert "CHANGED" in error.message and error.details["is_changed"] is True
+    assert error.details["fingerprint"] == server.fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ssh-rsa"])
+async def test_a_host_key_that_known_hosts_has_otherwise(
+    fabric: SshFabric, server: SshServer, ssh_dir: Path, kind: str
+) -> None:
+    (ssh_dir / "known_hosts").write_text(server.known_hosts_line())
+    server.kill()
+    server.renew_host_keys([kind])
+    server.start()
+    error = await refused(fabric, NodeAddress.parse(server.target, key_path=str(server.key)))
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+    assert "CHANGED" in error.message and error.details["fingerprint"] == server.fingerprint(kind)
+
+
+@pytest.mark.parametrize(
+    "config", ["UserKnownHostsFile none\n", "UserKnownHostsFile /dev/null\n", "StrictHostKeyChecking no\n"]
+)
+async def test_no_configuration_switches_the_check_off(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, config: str
+) -> None:
+    (ssh_dir / "config").write_text(config)
+    error = await refused(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN and error.details["is_changed"] is False
+
+
+async def test_a_revoked_host_key(fabric: SshFabric, standing: SshServer, ssh_dir: Path) -> None:
+    (ssh_dir / "known_hosts").write_text(
+        standing.known_hosts_line() + "@revoked " + standing.known_hosts_line()
+    )
+    error = await refused(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN and "revoked" in error.message
+
+
+# --- The user's configuration --------------------------------------------------------------------
+
+
+async def test_a_name_of_the_configuration(fabric: SshFabric, standing: SshServer, ssh_dir: Path) -> None:
+    (ssh_dir / "config").write_text(
+        f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  User {standing.user}\n"
+        f"  IdentityFile {standing.key}\n  RemoteCommand false\n  SendEnv *\n  RequestTTY force\n"
+    )
+    (ssh_dir / "known_hosts").write_text(standing.known_hosts_line())
+    await works(fabric, NodeAddress("box"))
+
+
+async def test_a_host_on_the_way(
+    fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path
+) -> None:
+    (ssh_dir / "config").write_text(
+        f"Host jump\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile {server.key}\n"
+        f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  ProxyJump jump\n"
+    )  # fmt: skip
+    address = NodeAddress("box", key_path=str(standing.key), host_key=standing.fingerprint())
+    error = await refused(fabric, address)
+    assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+    (ssh_dir / "known_hosts").write_text(server.known_hosts_line())
+    await works(fabric, address)
+
+
+async def test_the_agent_holds_the_key(
+    fabric: SshFabric, standing: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="arr-"))
+    path = folder / "agent"
+    agent = await asyncio.create_subprocess_exec(
+        "ssh-agent", "-D", "-a", str(path), stdout=subprocess.DEVNULL
+    )
+    try:
+        async with asyncio.timeout(10):
+            while not path.exists():  # noqa: ASYNC110 - It makes its socket and tells nobody.
+                await asyncio.sleep(0.01)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
+        adding = await asyncio.create_subprocess_exec("ssh-add", "-q", str(standing.key))
+        assert await adding.wait() == 0
+        await works(fabric, NodeAddress.parse(standing.target, host_key=standing.fingerprint()))
+    finally:
+        agent.terminate()
+        await agent.wait()
+        shutil.rmtree(folder)
+
+
+async def test_a_configuration_that_cannot_be_read(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path
+) -> None:
+    (ssh_dir / "config").write_text("Port many\n")
+    assert (await refused(fabric, known(standing))).code is ErrorCode.INVALID_SETTINGS
+
+
+# --- Servers that are not there, or go away ------------------------------------------------------
+
+
+async def test_a_refused_port_is_tried_three_times(fabric: SshFabric) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        error = await refused(fabric, NodeAddress("127.0.0.1", taken.getsockname()[1], "ana"))
+    assert error.code is ErrorCode.NODE_UNREACHABLE and error.kind.is_retryable
+    assert error.details["attempts"] == 3
+
+
+async def test_a_name_that_does_not_exist(fabric: SshFabric) -> None:
+    error = await refused(fabric, NodeAddress("no-such-host.invalid", user="ana"))
+    assert error.code is ErrorCode.NODE_UNREACHABLE
+
+
+async def test_a_server_that_never_answers() -> None:
+    fabric = SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=Path("/tmp"), connect_timeout_s=0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        error = await refused(fabric, NodeAddress("127.0.0.1", listener.getsockname()[1], "ana"))
+    assert error.code is ErrorCode.NODE_UNREACHABLE
+    assert "0.3 s" in error.message and error.details["attempts"] == 3
+
+
+async def test_a_server_that_speaks_no_ssh(fabric: SshFabric) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad\r\n\r\n\x1b[31m" + b"x" * 9000 + b"\r\n")
+        writer.close()
+
+    web = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with web:
+        error = await refused(fabric, NodeAddress("127.0.0.1", web.sockets[0].getsockname()[1], "ana"))
+    assert error.code is ErrorCode.NODE_UNREACHABLE
+    assert error.message.isprintable()
+
+
+@pytest.mark.parametrize("fault", ["killed", "silent"])
+async def test_a_server_that_goes_away_is_missed(fabric: SshFabric, server: SshServer, fault: str) -> None:
+    async with connected(fabric, known(server)) as connection:
+        end = await connection.forward(9)
+        assert isinstance(end, SocketPath) and end.path.exists()
+        started_s = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            command = group.create_task(_code_of(connection))
+            await connection.run(["true"], timeout_s=10)
+            server.kill() if fault == "killed" else server.suspend()
+            async with asyncio.timeout(8):  # Of the 3 s; the machine may be busy.
+                why = await connection.closed()
+            assert why and why != "closed"
+        print(f"{fault}: missed after {time.monotonic() - started_s:.2f} s: {why}")
+        assert command.result() is ErrorCode.NODE_UNREACHABLE
+        assert not end.path.exists()
+        with pytest.raises(ArrieroError) as lost:
+            await connection.run(["true"], timeout_s=5)
+        assert lost.value.code is ErrorCode.NODE_UNREACHABLE
+    if fault == "killed":
+        server.start()
+        await works(fabric, known(server))
+
+
+async def _code_of(connection: Connection) -> ErrorCode | None:
+    try:
+        await connection.run(["sleep", "60"], timeout_s=30)
+    except ArrieroError as error:
+        return error.code
+    return None
+
+
+async def test_a_login_that_talks(fabric: SshFabric, tmp_path: Path) -> None:
+    # A server's forced command stands in for a login shell whose start prints something.
+    talk = "ForceCommand printf 'Welcome!\\narriero\\n'; eval \"$SSH_ORIGINAL_COMMAND\""
+    with SshServer(tmp_path / "talks", more_config=talk) as server:
+        await works(fabric, known(server))
+
+
+async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path) -> None:
+    # OpenSSH takes the first word on a matter: the subsystem of this name is another one.
+    with SshServer(tmp_path / "few", more_config="AllowTcpForwarding no\nMaxSessions 1") as server:
+        async with connected(fabric, known(server)) as connection:
+            end = await connection.forward(server.port)
+            assert isinstance(end, SocketPath)
+            async with ClientSession(connector=UnixConnector(str(end.path))) as client:
+                with pytest.raises(ClientError):
+                    await client.get("http://node/")
+            await connection.run(["true"], timeout_s=10)
