@@ -208,7 +208,7 @@ def _keys(address: NodeAddress) -> Any:
 def _known_hosts(named: Any) -> Any:
     """Return, blocking, those of the files of known hosts that are there.
 
-    None, for `UserKnownHostsFile none`, would switch the check off; here it means that no host is known.
+    None would switch the check off for asyncssh; here it means that no host is known.
     """
     if named is None:
         return _NO_KNOWN_HOSTS
