@@ -340,6 +340,18 @@ async def test_a_failed_download_keeps_its_error_and_can_be_started_again(tmp_pa
         assert [r.state for r in kit.provisioner.records()] == [DownloadState.COMPLETE, DownloadState.FAILED]
 
 
+async def test_who_comes_in_the_moment_of_a_failure_begins_anew(tmp_path: Path) -> None:
+    async with FaultServer(gguf(), [Answer(status=404), Answer()]) as server, kit_in(tmp_path) as kit:
+        ref = f"{server.url}/m.gguf"
+        first = kit.provisioner.start(ref)
+        with pytest.raises(ArrieroError):
+            await kit.provisioner.wait(first.download_id)
+        # Nothing was waited for since: the failed one may still be tidying up.
+        second = kit.provisioner.start(ref)
+        assert second.download_id != first.download_id
+        await kit.provisioner.wait(second.download_id)
+
+
 async def test_a_cancelled_download_stops_and_is_gone_on_with_later(tmp_path: Path) -> None:
     answers = [Answer(stall_after=100_000), Answer()]
     limits = small_limits(stall_s=60.0)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.integration.orchestrator.scripted import (
     RunningOrchestrator,
     ScriptedAgent,
@@ -185,6 +186,20 @@ async def test_a_download_is_started_and_followed_through_the_orchestrator(tmp_p
         assert (await o.get("/v1/downloads"))["downloads"][0]["model_ref"] == "hf:a/b"
         async with o.session.get(f"{o.url}/v1/downloads/progress?download_id=d-ffffffffffff") as response:
             assert response.status == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["v1/events", "v1/workers", "v1/models/../events", "v1/models/%2e%2e/events", "v1", "", "v1/modelsx"],
+)
+async def test_of_an_agent_nothing_but_its_models_is_passed_on(tmp_path: Path, path: str) -> None:
+    """Its events carry the workers' tokens, which are nobody's but the orchestrator's."""
+    async with agent(tmp_path), orchestrator(tmp_path) as o:
+        await node_is(o, "ready")
+        async with o.session.get(URL(f"{o.url}/v1/nodes/andes/proxy/{path}", encoded=True)) as response:
+            assert response.status == 404 and "token" not in await response.text()
+        async with o.session.get(f"{o.url}/v1/nodes/andes/proxy/v1/models") as response:
+            assert response.status == 200 and "models" in await response.json()
 
 
 async def test_the_feed_begins_with_everything_and_tells_every_change(tmp_path: Path) -> None:
