@@ -65,9 +65,19 @@ class ErrorCode(enum.StrEnum):
     NODE_NOT_FOUND = "NODE_NOT_FOUND"
     NODE_ALREADY_EXISTS = "NODE_ALREADY_EXISTS"
     NODE_UNREACHABLE = "NODE_UNREACHABLE"
+    NODE_DRAINING = "NODE_DRAINING"
+    LEASE_SUPERSEDED = "LEASE_SUPERSEDED"
+    SSH_KEY_UNUSABLE = "SSH_KEY_UNUSABLE"
     SSH_AUTH_FAILED = "SSH_AUTH_FAILED"
     SSH_HOST_KEY_UNKNOWN = "SSH_HOST_KEY_UNKNOWN"
+    SSH_HOST_KEY_CHANGED = "SSH_HOST_KEY_CHANGED"
     SSH_COMMAND_FAILED = "SSH_COMMAND_FAILED"
+    PLATFORM_UNSUPPORTED = "PLATFORM_UNSUPPORTED"
+    PYTHON_NOT_FOUND = "PYTHON_NOT_FOUND"
+    PYTHON_TOO_OLD = "PYTHON_TOO_OLD"
+    INSTALL_PATH_UNUSABLE = "INSTALL_PATH_UNUSABLE"
+    PACKAGE_UNAVAILABLE = "PACKAGE_UNAVAILABLE"
+    INSTALL_FAILED = "INSTALL_FAILED"
     VERSION_MISMATCH = "VERSION_MISMATCH"
     ALL_SLOTS_BUSY = "ALL_SLOTS_BUSY"
     QUEUE_FULL = "QUEUE_FULL"
@@ -159,11 +169,21 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.OUT_OF_MEMORY: _row(507, "The kernel killed a worker or its engine for memory.", "Use a smaller quantisation or context, or raise the memory limit.", exit_code=Exit.KILLED),
     C.NODE_NOT_FOUND: _row(404, "No node has this name.", "`arriero nodes list` shows those there are."),
     C.NODE_ALREADY_EXISTS: _row(409, "A node has this name already.", "Use another name, or remove the old node first."),
-    C.NODE_UNREACHABLE: _row(503, "The node does not answer.", "`arriero nodes list` shows since when; check that its agent runs.", retry=True),
+    C.NODE_UNREACHABLE: _row(503, "The node does not answer.", "`arriero nodes show NAME` tells why and since when; `arriero nodes doctor NAME` looks for the cause.", retry=True),
+    C.NODE_DRAINING: _row(503, "The node takes no new work.", "`arriero nodes undrain NAME`, or ask for another node.", retry=True),
+    C.LEASE_SUPERSEDED: _row(409, "The work was given away while the node was cut off, or another orchestrator holds the node.", "Nothing: whoever holds the node now has the answer. `arriero nodes show NAME` tells who."),
+    C.SSH_KEY_UNUSABLE: _row(400, "A private key's file is not there, is no key, has a passphrase, or can be read by others.", "Check the path; `chmod 600` the file; a key with a passphrase goes into ssh-agent."),
     C.SSH_AUTH_FAILED: _row(502, "The machine refused the login.", "Check the user name and the key."),
     C.SSH_HOST_KEY_UNKNOWN: _row(502, "The machine's host key is not known.", "Compare the fingerprint, then accept it."),
+    C.SSH_HOST_KEY_CHANGED: _row(502, "The machine shows another host key than the one that is known.", "If the machine was installed anew, remove the old key (`ssh-keygen -R HOST`), or name the new one with `arriero nodes update NAME --accept-host-key FINGERPRINT`; if not, somebody may stand in between."),
     C.SSH_COMMAND_FAILED: _row(502, "A command on the other machine failed.", "The details carry its exit code and output."),
-    C.VERSION_MISMATCH: _row(409, "Two parts speak different versions.", "Install the same version on both sides."),
+    C.PLATFORM_UNSUPPORTED: _row(422, "The machine's system or processor is none that arriero runs on.", "Linux or macOS on x86-64 or ARM64."),
+    C.PYTHON_NOT_FOUND: _row(422, "The machine has no Python.", "Install Python 3.11 or newer there."),
+    C.PYTHON_TOO_OLD: _row(422, "The machine's Python is too old.", "Install Python 3.11 or newer there, beside the old one."),
+    C.INSTALL_PATH_UNUSABLE: _row(422, "The folder of the installation on the machine cannot be written.", "Check its rights and the mount, or give another one with --install-path."),
+    C.PACKAGE_UNAVAILABLE: _row(502, "A package cannot be had for the machine's system, processor and Python.", "The details name it; put its wheel into ARRIERO_HOME/dist/wheels, or use another Python there."),
+    C.INSTALL_FAILED: _row(502, "The installation on the machine did not come to its end.", "The details carry the last lines; the same command goes on where it stopped."),
+    C.VERSION_MISMATCH: _row(409, "Two parts speak different versions.", "`arriero nodes upgrade NAME`, or install the same version on both sides."),
     C.ALL_SLOTS_BUSY: _row(503, "All slots compute, and the caller asked not to queue.", "Try again, or allow queueing.", retry=True),
     C.QUEUE_FULL: _row(429, "The queue of a worker is full.", "Try again later, or start a second worker.", retry=True),
     C.NO_CAPACITY: _row(503, "No node can hold this model now.", "Wait, stop a worker, or add a node.", retry=True),

@@ -10,7 +10,14 @@ from typing import TypeAlias
 import msgspec
 
 from arriero.contracts.errors import ErrorBody
-from arriero.contracts.records import Capabilities, DownloadRecord, NodeRecord, TaskRecord, WorkerRecord
+from arriero.contracts.records import (
+    Capabilities,
+    DownloadRecord,
+    ModelRecord,
+    NodeRecord,
+    TaskRecord,
+    WorkerRecord,
+)
 from arriero.contracts.states import DownloadState
 
 # --- GET /v1/progress of a worker -------------------------------------------------------------
@@ -121,6 +128,7 @@ class AgentSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     workers: list[WorkerRecord]
     worker_tokens: dict[str, str]
     downloads: list[DownloadRecord]
+    models: list[ModelRecord] = []
 
 
 class WorkerChanged(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
@@ -136,6 +144,12 @@ class DownloadChanged(msgspec.Struct, frozen=True, kw_only=True, tag="download")
     download: DownloadRecord
 
 
+class ModelsChanged(msgspec.Struct, frozen=True, kw_only=True, tag="models"):
+    """The catalog is another one now: all of it.  That a model was used is no change."""
+
+    models: list[ModelRecord]
+
+
 class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     """Once a second: the agent lives; what it has free now."""
 
@@ -144,9 +158,38 @@ class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     unix: float
     #: Free memory of each device, by its id.
     device_free_mb: dict[str, int] = {}
+    #: Memory promised to workers that still load, by device; "cpu" is the host's.  Not free any more.
+    promised_mb: dict[str, int] = {}
 
 
-AgentEvent: TypeAlias = AgentSnapshot | WorkerChanged | DownloadChanged | AgentBeat
+AgentEvent: TypeAlias = AgentSnapshot | WorkerChanged | DownloadChanged | ModelsChanged | AgentBeat
+
+
+# --- POST /v1/nodes, /v1/nodes/{name}:upgrade, … of the orchestrator --------------------------
+
+
+class NodeStep(msgspec.Struct, frozen=True, kw_only=True, tag="step", omit_defaults=True):
+    """One step of adding, upgrading or removing a node: a sentence, told when it begins or has ended."""
+
+    #: key, connect, host_key, login, command, system, python, disk, gpu, clock, latency, package, install,
+    #: engine, agent, health, drain, stop, clean, rollback…
+    step: str
+    message: str
+    #: Who tells it: the node's name, or "orchestrator".
+    actor: str = "orchestrator"
+    #: 0..1 where it takes long.
+    fraction: float | None = None
+
+
+class NodeDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """Last event of a stream that succeeded."""
+
+    message: str
+    #: None after a removal.
+    node: NodeRecord | None = None
+
+
+NodeProgress: TypeAlias = NodeStep | NodeDone
 
 
 # --- GET /v1/tasks/{id}/events of the orchestrator --------------------------------------------

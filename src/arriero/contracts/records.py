@@ -80,6 +80,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     cpu_cores: int
     os: str
     arch: str
+    #: What is wrong with the machine that a person should know: sentences with what to do.
+    advice: list[str] = []
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +97,33 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     disk_free_mb: int
     labels: dict[str, str] = {}
     last_connected_unix: float = 0.0
+    #: False for the machine of the orchestrator itself, whose agent is found and not dialled.
+    is_remote: bool = False
+    #: How it is reached, as `nodes add` was told: "user@host:port"; empty for this machine.
+    ssh: str = ""
+    user: str = ""
+    host: str = ""
+    port: int | None = None
+    #: Path of the private key on the orchestrator's machine; empty: those OpenSSH would use.
+    key_path: str = ""
+    #: SHA-256 of the host key that is accepted besides those of known_hosts.
+    host_key: str = ""
+    install_path: str = ""
+    #: Hardware address that wakes the machine, empty if it cannot be woken.
+    mac: str = ""
+    engines: dict[str, str] = {}
+    os: str = ""
+    arch: str = ""
+    cpu_cores: int = 0
+    #: Whether a person asked that it takes no new work; kept over restarts.
+    is_drained: bool = False
+    #: Fencing number of the lease that the orchestrator holds on it; rises with each new connection.
+    lease: int = 0
+    #: Why it does not answer, while it does not.
+    error: ErrorBody | None = None
+    advice: list[str] = []
+    #: Time of one round trip over the connection, 0 where none was measured.
+    latency_ms: float = 0.0
 
 
 class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -124,6 +124,43 @@ class PinBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     is_pinned: bool
 
 
+NodeName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
+Label = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
+Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
+Mac = Annotated[str, msgspec.Meta(pattern="^([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}$")]
+
+
+class NodeAddBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/nodes` of the orchestrator: a machine is to join; answered as an event stream."""
+
+    name: NodeName
+    #: host, user@host, user@host:port, ssh://user@[::1]:2222.
+    ssh: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    key_path: str | None = None
+    #: Fingerprint of a host key that known_hosts does not have, accepted by a person.
+    accept_host_key: str | None = None
+    #: Folder on that machine, absolute or below the user's home; None: the default.
+    install_path: str | None = None
+    labels: Labels = {}
+    mac: Mac | None = None
+    #: Packages are carried over even where the machine has an index of its own.
+    carry: bool = False
+
+
+class NodeUpdateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`PATCH /v1/nodes/{name}` of the orchestrator; what is None stays as it is."""
+
+    ssh: Annotated[str, msgspec.Meta(min_length=1, max_length=512)] | None = None
+    #: Empty: the keys that OpenSSH would use.
+    key_path: str | None = None
+    accept_host_key: str | None = None
+    #: These are set; an empty value takes a label away.
+    labels: Labels = {}
+    #: Empty: it cannot be woken any more.
+    mac: Annotated[str, msgspec.Meta(pattern="^(([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2})?$")] | None = None
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent hands a worker on stdin, one JSON line.  The tokens are secret."""
 
@@ -155,6 +192,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     stop_grace_s: float = 30.0
     is_embedding: bool = False
     threads: int = 0
+    #: Fencing number of the newest lease on the node when the worker was started; see `FenceBody`.
+    fence: int = 0
 
 
 class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,6 +202,12 @@ class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     #: Running requests are cancelled after so long; None: never when draining, `stop_grace_s` when
     #: shutting down.
     grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
+
+
+class FenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/admin/fence` of a worker: requests under a lease older than this number are over."""
+
+    number: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

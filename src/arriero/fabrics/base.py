@@ -225,6 +225,7 @@ class Fabric(Protocol):
     async def connect(self, address: NodeAddress) -> Connection:
         """Return a connection to a machine.
 
-        Raises NODE_UNREACHABLE, SSH_AUTH_FAILED, SSH_HOST_KEY_UNKNOWN.
+        Raises NODE_UNREACHABLE, SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, SSH_HOST_KEY_UNKNOWN,
+        SSH_HOST_KEY_CHANGED.
         """
         ...

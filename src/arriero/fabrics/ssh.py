@@ -41,8 +41,8 @@ class SshFabric:
     async def connect(self, address: NodeAddress) -> Connection:
         """Return a connection to a machine, after up to three attempts where it does not answer.
 
-        Raises SSH_HOST_KEY_UNKNOWN (details: fingerprint, key_type, is_changed), SSH_AUTH_FAILED,
-        NODE_UNREACHABLE; INVALID_SETTINGS if ~/.ssh/config cannot be read.
+        Raises SSH_HOST_KEY_UNKNOWN or SSH_HOST_KEY_CHANGED (details: fingerprint, key_type),
+        SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, NODE_UNREACHABLE; INVALID_SETTINGS if ~/.ssh/config cannot be read.
         """
         if address.key_path is not None:
             await asyncio.to_thread(check_key_file, address.key_path)
@@ -73,7 +73,7 @@ class SshFabric:
 def check_key_file(key_path: str) -> None:
     """Know, blocking, that a private key's file is there and nobody else's to read.
 
-    Raises SSH_AUTH_FAILED.  Nothing was sent to anybody then.
+    Raises SSH_KEY_UNUSABLE.  Nothing was sent to anybody then.
     """
     path = Path(key_path).expanduser()
     try:
@@ -82,16 +82,16 @@ def check_key_file(key_path: str) -> None:
             pass
     except OSError as error:
         fail(
-            ErrorCode.SSH_AUTH_FAILED,
+            ErrorCode.SSH_KEY_UNUSABLE,
             f"the key {key_path} cannot be read: {error.strerror}",
             key_path=key_path,
             suggested_action="give the path of a private key, or none to use those of ssh-agent and ~/.ssh",
         )
     if not stat.S_ISREG(found.st_mode):
-        fail(ErrorCode.SSH_AUTH_FAILED, f"the key {key_path} is no regular file", key_path=key_path)
+        fail(ErrorCode.SSH_KEY_UNUSABLE, f"the key {key_path} is no regular file", key_path=key_path)
     if found.st_mode & 0o077:
         fail(
-            ErrorCode.SSH_AUTH_FAILED,
+            ErrorCode.SSH_KEY_UNUSABLE,
             f"the key {key_path} can be read by others (mode {stat.S_IMODE(found.st_mode):03o}, at most 600)",
             key_path=key_path,
             suggested_action=f"chmod 600 {key_path}",

@@ -80,7 +80,8 @@ async def log_in(
 ) -> SshConnection:
     """Return a connection that is logged in.
 
-    Raises SSH_HOST_KEY_UNKNOWN, SSH_AUTH_FAILED, NODE_UNREACHABLE, INVALID_SETTINGS.
+    Raises SSH_HOST_KEY_UNKNOWN, SSH_HOST_KEY_CHANGED, SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, NODE_UNREACHABLE,
+    INVALID_SETTINGS.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -225,11 +226,10 @@ def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) ->
         "address": str(address),
         "fingerprint": presented.fingerprint,
         "key_type": presented.key_type,
-        "is_changed": is_changed,
     }
     if is_changed:
         return ArrieroError(
-            ErrorCode.SSH_HOST_KEY_UNKNOWN,
+            ErrorCode.SSH_HOST_KEY_CHANGED,
             f"the host key of {address} has CHANGED: it shows {shown}, another one is known. Somebody may be "
             "listening in, or the machine was installed anew",
             **details,
@@ -276,7 +276,7 @@ def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
         )
     if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError):
         return ArrieroError(
-            ErrorCode.SSH_AUTH_FAILED,
+            ErrorCode.SSH_KEY_UNUSABLE,
             f"a private key for {address} cannot be used: {reason}",
             address=str(address),
             suggested_action="put a key with a passphrase into ssh-agent (`ssh-add`) and give no --key",
