@@ -15,7 +15,7 @@ import pytest
 from aiohttp import ClientError, ClientSession, UnixConnector
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import Connection, NodeAddress, SocketPath
+from arriero.fabrics.base import Connection, HostPort, NodeAddress, SocketPath
 from arriero.fabrics.ssh import SshFabric
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SeededEntropy
@@ -360,4 +360,16 @@ async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path
             async with ClientSession(connector=UnixConnector(str(end.path))) as client:
                 with pytest.raises(ClientError):
                     await client.get("http://node/")
+            await connection.run(["true"], timeout_s=10)
+
+
+async def test_a_server_that_lets_no_port_be_opened_there(fabric: SshFabric, tmp_path: Path) -> None:
+    with SshServer(tmp_path / "local", more_config="AllowTcpForwarding local") as server:
+        async with connected(fabric, known(server)) as connection:
+            for end in (HostPort("127.0.0.1", 9), SocketPath(tmp_path / "socket")):
+                with pytest.raises(ArrieroError) as failed:
+                    await connection.expose(end)
+                assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
+                assert "could not be given a port" in failed.value.message
+                await connection.unexpose(end)
             await connection.run(["true"], timeout_s=10)

@@ -13,7 +13,7 @@ from typing import Final, cast
 import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, SocketPath
+from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, LocalEnd, SocketPath
 from arriero.fabrics.outcome import Kept, checked, not_ended
 from arriero.fabrics.quoting import PID_MARK, command_line
 from arriero.runtime.entropy import Entropy
@@ -95,6 +95,7 @@ class SshConnection:
         self._sockets_dir = sockets_dir
         self._own_dir: Path | None = None
         self._ends: dict[int, tuple[SocketPath, asyncssh.SSHListener]] = {}
+        self._exposed: dict[LocalEnd, asyncssh.SSHListener] = {}
         self._forwarding = asyncio.Lock()
         self._sessions = asyncio.Semaphore(SESSIONS_MAX)
 
@@ -223,6 +224,36 @@ class SshConnection:
             listener.close()
             end.path.unlink(missing_ok=True)
 
+    async def expose(self, end: LocalEnd) -> int:
+        """Return a loopback port there that leads to `end`, see `Connection.expose`."""
+        async with self._forwarding:
+            known = self._exposed.get(end)
+            if known is not None:
+                return known.get_port()
+            if self._gone.is_told:
+                raise self._lost()
+            here = end.path if isinstance(end, SocketPath) else f"{end.host}:{end.port}"
+            with self._told(f"{here} could not be given a port"):
+                async with asyncio.timeout(STALL_S):
+                    listener = await self._listen_there(end)
+            self._exposed[end] = listener
+            return listener.get_port()
+
+    async def _listen_there(self, end: LocalEnd) -> asyncssh.SSHListener:
+        if isinstance(end, SocketPath):
+            return await self._connection.forward_remote_port_to_path("127.0.0.1", 0, str(end.path))
+        return await self._connection.forward_remote_port("127.0.0.1", 0, end.host, end.port)
+
+    async def unexpose(self, end: LocalEnd) -> None:
+        """Close an end's port there; connections that are open stay.  Safe to call twice."""
+        listener = self._exposed.pop(end, None)
+        if listener is not None and not self._gone.is_told:
+            listener.close()
+            # The machine's word that it is closed; one that is gone has closed it.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await listener.wait_closed()
+
     # --- The end -------------------------------------------------------------------------
 
     async def closed(self) -> str:
@@ -249,6 +280,8 @@ class SshConnection:
         for listener in listeners:
             listener.close()
         self._ends.clear()
+        # Ports there end with the connection.
+        self._exposed.clear()
         if self._own_dir is not None:
             shutil.rmtree(self._own_dir, ignore_errors=True)
             self._own_dir = None
@@ -279,7 +312,8 @@ class SshConnection:
             raise ArrieroError(
                 ErrorCode.NODE_UNREACHABLE, f"{what} on {self._name}: no answer for {STALL_S:g} s"
             ) from error
-        except (asyncssh.Error, ConnectionError) as error:
+        # A port that is refused is no error of the library's kind.
+        except (asyncssh.Error, asyncssh.ChannelListenError, ConnectionError) as error:
             is_lost = isinstance(error, asyncssh.DisconnectError | ConnectionError)
             if is_lost or self._gone.is_told or isinstance(error, asyncssh.SFTPConnectionLost):
                 raise self._lost() from error
