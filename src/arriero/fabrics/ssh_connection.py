@@ -35,6 +35,15 @@ PID_LINE_BYTES_MAX: Final = 64
 _PID_LINE: Final = re.compile(rb"%s([0-9]{1,19})\n" % PID_MARK.encode())
 #: A file transfer may take any time, but no step of it this long.
 STALL_S: Final = 30.0
+LOOK_TIMEOUT_S: Final = 10.0
+#: As /proc/net/tcp and tcp6 write 127.0.0.1, ::1 and ::ffff:127.0.0.1 (on machines of either byte order).
+_LOOPBACKS: Final = frozenset(
+    {
+        b"0100007F", b"7F000001",
+        b"00000000000000000000000001000000", b"00000000000000000000000000000001",
+        b"0000000000000000FFFF00000100007F", b"00000000000000000000FFFF7F000001",
+    }
+)  # fmt: skip
 CLOSE_TIMEOUT_S: Final = 2.0
 #: A disk that failed a write and has less room than this is full.
 FULL_BYTES: Final = 1024 * 1024
@@ -237,7 +246,27 @@ class SshConnection:
                 async with asyncio.timeout(STALL_S):
                     listener = await self._listen_there(end)
             self._exposed[end] = listener
-            return listener.get_port()
+        try:
+            await self._check_loopback(listener.get_port())
+        except BaseException:
+            await self.unexpose(end)
+            raise
+        return listener.get_port()
+
+    async def _check_loopback(self, port: int) -> None:
+        """Know that a port there is open to that machine alone.
+
+        A server with `GatewayPorts yes` listens on all addresses, whatever it is asked for.
+        """
+        tables = await self.run(
+            ["cat", "/proc/net/tcp", "/proc/net/tcp6"], timeout_s=LOOK_TIMEOUT_S, may_fail=True
+        )
+        if is_open_to_others(tables.stdout, port):
+            raise ArrieroError(
+                ErrorCode.SSH_COMMAND_FAILED,
+                f"port {port} on {self._name} would be open to other machines: its sshd has GatewayPorts yes",
+                suggested_action="set 'GatewayPorts no' in its sshd_config, or 'clientspecified'",
+            )
 
     async def _listen_there(self, end: LocalEnd) -> asyncssh.SSHListener:
         if isinstance(end, SocketPath):
@@ -377,6 +406,20 @@ class _Command:
         with contextlib.suppress(asyncssh.Error, OSError):
             while chunk := await self.process.stderr.read(65_536):
                 self._stderr.feed(chunk)
+
+
+def is_open_to_others(tables: bytes, port: int) -> bool:
+    """Return whether something listens on `port` beyond loopback, by the content of /proc/net/tcp and tcp6.
+
+    Where there are no such tables (macOS) the answer is no: its sshd is as its owner set it.
+    """
+    for line in tables.splitlines():
+        fields = line.split()
+        if len(fields) > 3 and fields[3] == b"0A":
+            address, _, number = fields[1].rpartition(b":")
+            if number == b"%04X" % port and address not in _LOOPBACKS:
+                return True
+    return False
 
 
 async def _pieces(content: bytes | Path) -> AsyncGenerator[bytes, None]:
