@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -257,3 +258,23 @@ async def test_what_waits_for_a_slot_under_an_old_number_waits_no_more(starter: 
         await ends_superseded(queued)
         assert '"token"' in (await anext(running)).data
         await running.aclose()
+
+
+async def test_what_was_overtaken_while_its_body_came_does_not_compute(starter: HandStarter) -> None:
+    worker = starter.start(engine_options=SLOW, fence=1)
+    async with Http() as http:
+        peer = http.peer(worker.url, worker.token)
+        split = urlsplit(worker.url)
+        body = msgspec.json.encode(ENDLESS)
+        reader, writer = await asyncio.open_connection(split.hostname, split.port)
+        headers = {"Host": split.netloc, **worker.headers, **under(A, 1), "Content-Length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        # The server asks for the rest once the handler waits for it.
+        writer.write(f"POST /v1/inference/stream HTTP/1.1\r\nExpect: 100-continue\r\n{lines}\r\n".encode())
+        async with asyncio.timeout(10):
+            assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
+            await peer.call("POST", "/v1/admin/fence", body=FenceBody(number=2))
+            writer.write(body)
+            assert b" 409 " in await reader.readuntil(b"\r\n")
+        writer.close()
+        await writer.wait_closed()
