@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -35,10 +35,15 @@ def sshd_path() -> str | None:
 
 
 class SshServer:
-    """One server; `host_key_types` as asyncssh names them."""
+    """One server; `host_key_types` as asyncssh names them; `env` is what commands there find set."""
 
     def __init__(
-        self, folder: Path, *, host_key_types: Sequence[str] = ("ssh-ed25519",), more_config: str = ""
+        self,
+        folder: Path,
+        *,
+        host_key_types: Sequence[str] = ("ssh-ed25519",),
+        more_config: str = "",
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.user = getpass.getuser()
@@ -51,6 +56,8 @@ class SshServer:
         self.home = folder / "home"
         self._host_key_types = tuple(host_key_types)
         self._more_config = more_config
+        # One line for all: of several, sshd takes the first alone.
+        self._env = {"HOME": str(self.home), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._host_keys: dict[str, asyncssh.SSHKey] = {}
 
@@ -162,7 +169,7 @@ class SshServer:
             "LogLevel INFO",
             "Subsystem sftp internal-sftp",
             # What the user's own shell does at its start is nothing for tests.
-            f"SetEnv HOME={self.home}",
+            "SetEnv " + " ".join(f"{name}={value}" for name, value in self._env.items()),
             self._more_config,
         ]
         plain = "\n".join(lines) + "\n"
