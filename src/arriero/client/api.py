@@ -14,6 +14,7 @@ from arriero.client import stream as streams
 from arriero.client.caller import STREAM_SILENCE_S, Caller, RawAnswer
 from arriero.client.connection import FailureCodes
 from arriero.client.models_api import ModelCalls
+from arriero.client.nodes_api import NodeCalls
 from arriero.client.stream import EventStream, InferenceFrame
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
@@ -24,8 +25,6 @@ from arriero.contracts.records import (
     Health,
     ModelList,
     ModelRecord,
-    NodeList,
-    NodeRecord,
     TaskRecord,
     WorkerHealth,
     WorkerList,
@@ -82,7 +81,7 @@ class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
-class Orchestrator(Caller):
+class Orchestrator(NodeCalls):
     """The orchestrator's routes."""
 
     def health(self, *, timeout_s: float | None = None) -> Health:
@@ -107,10 +106,6 @@ class Orchestrator(Caller):
     def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
-
-    def nodes(self) -> list[NodeRecord]:
-        """Return the machines of the pool."""
-        return self.call("GET", "/v1/nodes", NodeList).nodes
 
     def downloads(self) -> list[DownloadRecord]:
         """Return the downloads of the pool, running and ended."""

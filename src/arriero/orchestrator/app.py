@@ -13,6 +13,7 @@ from arriero.fabrics.base import NodeAddress
 from arriero.fabrics.local import LocalFabric
 from arriero.fabrics.ssh import SshFabric
 from arriero.orchestrator.core import Orchestrator, assemble
+from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.reach import LocalReach
 from arriero.orchestrator.routes.management import handlers
 from arriero.orchestrator.routes.streams import Front
@@ -86,6 +87,7 @@ async def _run(
                 store=TaskStore(database),
                 node_store=node_store,
                 fabric=fabric,
+                machines=Machines(folder.home / "dist", clock),
                 group=group,
                 stop=stop,
                 clock=clock,

@@ -77,6 +77,13 @@ class Scheduler:
         """How many requests are with workers now."""
         return sum(self._in_flight.values())
 
+    def requests_on(self, node: str) -> int:
+        """Return how many requests are with the workers of a node now."""
+        found = (
+            (self._registry.workers.find(worker_id), sent) for worker_id, sent in self._in_flight.items()
+        )
+        return sum(sent for record, sent in found if record is not None and record.node == node)
+
     def choose(self, wants: Wants) -> WorkerChoice:
         """Return which worker would take a request now."""
         return choose_worker(self._registry.worker_views(self._in_flight), wants)
