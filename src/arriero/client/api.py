@@ -31,7 +31,7 @@ from arriero.contracts.records import (
     WorkerReady,
     WorkerRecord,
 )
-from arriero.contracts.requests import DownloadBody, InferenceBody, SpawnBody, TaskBody
+from arriero.contracts.requests import DownloadBody, InferenceBody, ShutdownBody, SpawnBody, TaskBody
 
 __all__ = [
     "DEADLINE_HEADER",
@@ -200,6 +200,10 @@ class Agent(ModelCalls):
     def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
+
+    def shut_down(self, *, workers: bool = True, timeout_s: float | None = None) -> None:
+        """Have it end, with its workers or without; returns as soon as it has begun."""
+        self.send("POST", "/v1/admin/shutdown", body=ShutdownBody(workers=workers), timeout_s=timeout_s)
 
     def models(self) -> list[ModelRecord]:
         """Return the machine's catalog."""

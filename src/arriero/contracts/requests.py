@@ -75,6 +75,9 @@ class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     #: `llamacpp`, or `fake` with its knobs in `options`.
     engine: str = "llamacpp"
     options: dict[str, Any] = {}
+    #: The worker goes with the orchestrator that asks (by its `X-Arriero-Fence`): when that one has let go
+    #: of the node, was silent for long, or another one holds the node.
+    bound: bool = False
 
 
 class PeerSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -202,6 +205,13 @@ class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     #: Running requests are cancelled after so long; None: never when draining, `stop_grace_s` when
     #: shutting down.
     grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
+
+
+class ShutdownBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/admin/shutdown` of an agent; an empty body is `{}`."""
+
+    #: False: its workers go on, and the next agent adopts them.
+    workers: bool = True
 
 
 class FenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
