@@ -43,6 +43,13 @@ class Feed:
                 reader.queue.append(event)
             reader.changed.notify()
 
+    def renew(self) -> None:
+        """Give every reader a snapshot next: more has changed than an event tells."""
+        for reader in self._readers:
+            reader.queue.clear()
+            reader.needs_snapshot = True
+            reader.changed.notify()
+
     async def read(self) -> AsyncGenerator[AgentEvent, None]:
         """Yield a snapshot, then every change; ends only by being closed."""
         reader = _Reader()
