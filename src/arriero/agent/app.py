@@ -8,6 +8,9 @@ from typing import cast
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent.engine_builds import engine_version
+from arriero.agent.engine_install import EngineInstaller
+from arriero.agent.engine_uploads import Uploads
 from arriero.agent.estimates import Estimates
 from arriero.agent.events import Feed
 from arriero.agent.fetch import FetchLimits
@@ -21,6 +24,7 @@ from arriero.agent.retries import RetryLimits
 from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
+from arriero.agent.routes.engines import engine_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
@@ -94,7 +98,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
-                machine = await look_at_machine(settings.name_of_node(), state.home)
+                machine = await look_at_machine(settings.name_of_node(), state.home, backend=settings.backend)
                 agent = _Agent(settings, state, url_of(sock), http, group, catalog, machine, stop)
                 await agent.live(sock)
         finally:
@@ -164,6 +168,15 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
+        self._uploads = Uploads(state.home, machine.platform, engine_version())
+        self._engines = EngineInstaller(
+            home=state.home,
+            settings=settings,
+            machine=machine,
+            uploads=self._uploads,
+            clock=clock,
+            on_change=self._engines_changed,
+        )
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -230,6 +243,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
             ],
             title="arriero agent",
         )
@@ -333,6 +347,11 @@ class _Agent:
     def _download_changed(self, record: DownloadRecord) -> None:
         self._downloads.changed(record)
         self._feed.publish(DownloadChanged(download=record))
+
+    async def _engines_changed(self) -> None:
+        await self._machine.look_aside()
+        # The backends are told by a snapshot alone.
+        self._feed.renew()
 
     def _snapshot(self) -> AgentSnapshot:
         return AgentSnapshot(

@@ -13,6 +13,7 @@ import msgspec
 from arriero.client import stream as streams
 from arriero.client.caller import STREAM_SILENCE_S, Caller, RawAnswer
 from arriero.client.connection import FailureCodes
+from arriero.client.engines_api import EngineCalls
 from arriero.client.models_api import ModelCalls
 from arriero.client.nodes_api import NodeCalls
 from arriero.client.stream import EventStream, InferenceFrame
@@ -166,7 +167,7 @@ class Orchestrator(NodeCalls):
         )  # fmt: skip
 
     def node_agent(self, node: str) -> "Agent":
-        """Return a client of a node's agent, wherever it lives; it answers for its models alone."""
+        """Return a client of a node's agent, wherever it lives: for its models and engines alone."""
         return Agent(f"{self.url}/v1/nodes/{quote(node, safe='')}/proxy", self._target.token)
 
     def worker_client(self, record: WorkerRecord, **options: Any) -> "Worker":
@@ -174,7 +175,7 @@ class Orchestrator(NodeCalls):
         return Worker(record.url, self._target.token, **options)
 
 
-class Agent(ModelCalls):
+class Agent(ModelCalls, EngineCalls):
     """The agent's routes."""
 
     def health(self, *, timeout_s: float | None = None) -> Health:
