@@ -103,11 +103,11 @@ class Herd:
         return self._order("drop")
 
     def silence(self, count: int) -> Count:
-        """Let the first `count` agents beat no more; their connections stay."""
+        """Let the first `count` agents say nothing more; their connections stay."""
         return self._order("silence", count)
 
     def speak(self) -> Count:
-        """Let all agents beat."""
+        """Let all agents speak again."""
         return self._order("speak")
 
     def _order(self, order: str, count: int = 0) -> Count:

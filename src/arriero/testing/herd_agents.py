@@ -49,7 +49,7 @@ _JITTER_MB: Final = 64
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What a herd is told."""
 
-    #: "drop": end all connections.  "silence": `count` agents beat no more.  "speak": all do.  "count".
+    #: "drop": end all connections.  "silence": `count` agents say nothing more.  "speak": all do.  "count".
     order: str
     count: int = 0
 
@@ -271,6 +271,8 @@ class Connection(asyncio.Protocol):
         agent = self._herd.agents.get(headers.get(b"authorization", b""))
         if agent is None:
             self._json(401, ErrorResponse(ArrieroError(ErrorCode.INVALID_API_KEY).body()))
+        elif agent.is_silent:
+            pass  # As a machine that hangs.
         elif path == b"/v1/events":
             self._transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"

@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from arriero.client.api import Orchestrator
 from arriero.contracts.records import RunRecord
+from arriero.contracts.states import NodeState
 from arriero.orchestrator import app
 from arriero.orchestrator.store import open_database
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
@@ -91,12 +92,12 @@ class HerdOrchestrator:
         """Wait until all nodes are held and ready; return how long after `since_s` (monotonic) that was."""
         nodes = len(self._herd.names)
         wait_for(lambda: self._herd.count().streams == nodes, "all agents are held", limit_s=limit_s)
-        wait_for(
-            lambda: sum(node.status == "ready" for node in self.client.nodes()) == nodes,
-            "all nodes are ready",
-            limit_s=limit_s,
-        )
+        wait_for(lambda: len(self.ready()) == nodes, "all nodes are ready", limit_s=limit_s)
         return time.monotonic() - since_s
+
+    def ready(self) -> set[str]:
+        """Return the names of the nodes that take work."""
+        return {node.name for node in self.client.nodes() if node.status is NodeState.READY}
 
 
 async def _register(state: StateDir, entries: list[NodeEntry]) -> None:
