@@ -1,6 +1,7 @@
 """Which node takes a new worker, in the order of the promise, and why another does not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,12 +27,12 @@ def card(number: int = 0, free_mb: int = 6000) -> DeviceRecord:
     )
 
 
-def node(name: str, ram_free_mb: int = 8000, **changes: object) -> NodeView:
+def node(name: str, ram_free_mb: int = 8000, **changes: Any) -> NodeView:
     view = NodeView(name, NodeState.READY, ("cpu",), (cpu(ram_free_mb),), ram_free_mb, ram_mb=16000)
-    return replace(view, **changes)  # type: ignore[arg-type]  # Fields by name, for short tests.
+    return replace(view, **changes)
 
 
-def gpu_node(name: str, *cards: DeviceRecord, **changes: object) -> NodeView:
+def gpu_node(name: str, *cards: DeviceRecord, **changes: Any) -> NodeView:
     return node(name, backends=("cuda", "cpu"), devices=(cpu(), *cards), **changes)
 
 
@@ -223,7 +224,7 @@ def test_only_one_that_sleeps_and_could_take_it_is_woken(
 
 
 def test_the_sleeper_that_costs_least_is_woken() -> None:
-    def asleep(name: str, **changes: object) -> NodeView:
+    def asleep(name: str, **changes: Any) -> NodeView:
         return node(name, 100, state=NodeState.UNREACHABLE, **{"mac": "52:54:00:12:34:56", **changes})
 
     slow, quick, mute = asleep("a", wake_cost_s=90), asleep("b", wake_cost_s=20), asleep("c", mac="")

@@ -13,6 +13,7 @@ from arriero.agent.estimates import Estimates
 from arriero.agent.events import Feed
 from arriero.agent.fetch import FetchLimits
 from arriero.agent.importer import Importer
+from arriero.agent.lease import Leased, NodeLease
 from arriero.agent.machine import Machine, look_at_machine
 from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
@@ -134,6 +135,9 @@ class _Agent:
         assert me is not None, "this process lives"
         self._me = me
         self._inspect = formats.inspect_model
+        self._lease = NodeLease(
+            state.lease_file, clock, silence_max_s=settings.node_timeout_s, on_taken=self._feed.wake
+        )
         self._importer = Importer(catalog, inspect=self._inspect, clock=clock, entropy=entropy)
         self._provisioner = ModelProvisioner(
             catalog,
@@ -151,7 +155,8 @@ class _Agent:
             http=http,
             group=group,
             clock=clock,
-            lease=f"{me.pid}:{me.start_ticks}",
+            name=f"{me.pid}:{me.start_ticks}",
+            lease=self._lease,
         )
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
@@ -170,6 +175,7 @@ class _Agent:
             locate=self._locate,
             kind_of=engines.kind,
             callback_url=url + READY_PATH,
+            fence=lambda: self._lease.number,
             clock=clock,
             entropy=entropy,
         )
@@ -189,7 +195,7 @@ class _Agent:
                 self._group.create_task(self._end_after(stop), name="end"),
             ]
             guard = Guard(
-                self._app(),
+                Leased(self._app(), self._lease),
                 token=self._token,
                 open_paths=frozenset({READY_PATH}),
                 body_bytes_max_of=BODY_LIMITS,

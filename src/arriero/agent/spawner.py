@@ -33,7 +33,11 @@ _NOT_FOR_WORKERS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN
 
 
 class Spawner:
-    """Starts workers.  `locate` returns the catalog's entry of a reference, or raises MODEL_NOT_FOUND."""
+    """Starts workers.
+
+    `locate` returns the catalog's entry of a reference, or raises MODEL_NOT_FOUND; `fence` the newest number
+    of the node's lease.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Spawner:
         locate: Callable[[str], Awaitable[CatalogEntry]],
         kind_of: Callable[[str], EngineKind],
         callback_url: str,
+        fence: Callable[[], int],
         clock: Clock,
         entropy: Entropy,
     ) -> None:
@@ -57,6 +62,7 @@ class Spawner:
         self._locate = locate
         self._kind_of = kind_of
         self._callback_url = callback_url
+        self._fence = fence
         self._clock = clock
         self._entropy = entropy
         self._log = logs.get("arriero.agent.spawner")
@@ -196,6 +202,7 @@ class Spawner:
             stop_grace_s=settings.stop_grace_s,
             is_embedding=entry.record.is_embedding,
             threads=settings.engine_threads,
+            fence=self._fence(),
         )
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from arriero.agent.held import Held, callback_token, slots_free, with_url
+from arriero.agent.lease import NodeLease
 from arriero.agent.worker_watch import WatchLimits, WorkerWatch
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import WorkerExit, WorkerHealth, WorkerRecord, WorkerRunRecord
@@ -60,7 +61,7 @@ class Counts:
 
 
 class Supervisor:
-    """Holds all workers of one agent.  Its tasks live in `group`; `lease` names this agent."""
+    """Holds all workers of one agent.  Its tasks live in `group`; `name` tells this agent from others."""
 
     def __init__(
         self,
@@ -71,13 +72,15 @@ class Supervisor:
         http: Http,
         group: asyncio.TaskGroup,
         clock: Clock,
-        lease: str,
+        name: str,
+        lease: NodeLease,
     ) -> None:
         self._settings = settings
         self._state = state
         self._http = http
         self._group = group
         self._clock = clock
+        self._name = name
         self._lease = lease
         self._log = logs.get("arriero.agent.supervisor")
         self._held: dict[str, Held] = {}
@@ -262,16 +265,22 @@ class Supervisor:
             message = f"the worker's process did not call back within {limit_s:g} s"
             self._condemn(held, ErrorCode.WORKER_READY_TIMEOUT, message)
             return
-        await WorkerWatch(
+        url = self.registry.get(held.worker_id).url
+        watch = WorkerWatch(
             http=self._http,
-            url=self.registry.get(held.worker_id).url,
+            url=url,
             token=held.token,
-            lease=self._lease,
+            lease=self._name,
             clock=self._clock,
             limits=WatchLimits(self._settings.health_interval_s, self._settings.health_failures_max),
             on_health=lambda health: self._heard(held, health),
             on_unhealthy=lambda error: self._unhealthy(held, error),
-        ).run()
+        )
+        async with asyncio.TaskGroup() as group:
+            telling = self._lease.keep_told(held.worker_id, self._http.peer(url, held.token))
+            fencing = group.create_task(telling, name=f"fence-{held.worker_id}")
+            await watch.run()
+            fencing.cancel()
 
     def _unhealthy(self, held: Held, error: ArrieroError) -> None:
         if held.stop_reason is not None:

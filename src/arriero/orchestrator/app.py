@@ -9,10 +9,16 @@ from typing import Final, cast
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
+from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.local import LocalFabric
+from arriero.fabrics.ssh import SshFabric
 from arriero.orchestrator.core import Orchestrator, assemble
+from arriero.orchestrator.reach import LocalReach
 from arriero.orchestrator.routes.management import handlers
 from arriero.orchestrator.routes.streams import Front
-from arriero.orchestrator.store import TaskStore
+from arriero.orchestrator.store import open_database
+from arriero.orchestrator.store.nodes import NodeStore
+from arriero.orchestrator.store.tasks import TaskStore
 from arriero.runtime import daemon, logs, processes, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
 from arriero.runtime.clock import Clock, SystemClock
@@ -23,6 +29,8 @@ from arriero.runtime.serve import bind, serve, url_of
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir, run_identity
 
+#: The local fabric reaches this machine whatever the address says.
+HERE: Final = NodeAddress("localhost")
 ROLE: Final = "orchestrator"
 #: After the grace time streams are told to end; so long they have to say so to their clients.
 LAST_WORDS_S: Final = 2.0
@@ -56,25 +64,35 @@ async def _run(
     settings: Settings, folder: StateDir, sock: socket.socket, stop: asyncio.Event, *, is_background: bool
 ) -> None:
     log = logs.get("arriero.orchestrator")
-    clock = SystemClock()
-    store = await TaskStore.open(folder.orchestrator_db)
-    if store.set_aside_as is not None:
-        log.error("the database was damaged and begins anew", set_aside_as=store.set_aside_as)
+    clock, entropy = SystemClock(), SystemEntropy()
+    database = await open_database(folder.orchestrator_db)
+    if database.set_aside_as is not None:
+        log.error("the database was damaged and begins anew", set_aside_as=database.set_aside_as)
     try:
         async with (
             Http(connect_timeout_s=settings.connect_timeout_s) as http,
             asyncio.TaskGroup() as group,
         ):
+            node_store = await NodeStore.open(database, entropy)
+            fabric = SshFabric(
+                clock,
+                entropy,
+                sockets_dir=state_dir.short_dir(),
+                connect_timeout_s=settings.connect_timeout_s,
+            )
             orchestrator = assemble(
                 settings,
-                state_dir=folder,
                 http=http,
-                store=store,
+                store=TaskStore(database),
+                node_store=node_store,
+                fabric=fabric,
                 group=group,
                 stop=stop,
                 clock=clock,
-                entropy=SystemEntropy(),
+                entropy=entropy,
             )
+            local = LocalReach(folder, http, node_store, await LocalFabric(entropy).connect(HERE))
+            await orchestrator.membership.begin(local)
             await _serve(orchestrator, folder, sock, group, is_background=is_background)
             # Jobs that go on without anybody waiting end here, with their tasks.
             raise _Ended
@@ -82,7 +100,7 @@ async def _run(
         pass
     finally:
         folder.run_file(ROLE).unlink(missing_ok=True)
-        await store.close()
+        await database.close()
     log.info("ended")
 
 
@@ -102,7 +120,6 @@ async def _serve(
         logs.get("arriero.orchestrator").info("listening", url=url, pid=os.getpid())
         await o.tasks.resume()
 
-    group.create_task(o.link.run(), name="agent-link")
     group.create_task(_end_in_time(o, settings.stop_grace_s), name="end-in-time")
     if is_background and settings.orchestrator_idle_s > 0:
         group.create_task(_leave_when_idle(o, o.clock, settings.orchestrator_idle_s), name="leave-when-idle")

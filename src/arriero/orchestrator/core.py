@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.events import PoolSnapshot
 from arriero.domain.placement import NodeChoice, Wants, WorkerChoice
+from arriero.fabrics.base import Fabric
 from arriero.orchestrator.courier import Counters, Courier
 from arriero.orchestrator.exchange import Exchanges
 from arriero.orchestrator.feed import Feed
-from arriero.orchestrator.links import AgentLink
+from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.provisioning import ModelProvisioner
 from arriero.orchestrator.proxy import Proxy
 from arriero.orchestrator.relay import Relay
 from arriero.orchestrator.room import RoomFinder
 from arriero.orchestrator.scheduler import Scheduler
-from arriero.orchestrator.store import TaskStore
+from arriero.orchestrator.store.nodes import NodeStore
+from arriero.orchestrator.store.tasks import TaskStore
 from arriero.orchestrator.task_run import TaskRunner
 from arriero.orchestrator.tasks import TaskRegistry
 from arriero.orchestrator.upstream import Upstreams
@@ -25,7 +27,6 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
 from arriero.runtime.settings import Settings
-from arriero.runtime.state_dir import StateDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Orchestrator:
     stop: asyncio.Event
     feed: Feed
     registry: NodeRegistry
-    link: AgentLink
+    membership: Membership
     upstreams: Upstreams
     provisioner: ModelProvisioner
     scheduler: Scheduler
@@ -88,9 +89,10 @@ class Orchestrator:
 def assemble(
     settings: Settings,
     *,
-    state_dir: StateDir,
     http: Http,
     store: TaskStore,
+    node_store: NodeStore,
+    fabric: Fabric,
     group: asyncio.TaskGroup,
     stop: asyncio.Event,
     clock: Clock,
@@ -99,7 +101,10 @@ def assemble(
     """Return an orchestrator whose parts know each other; nothing runs yet."""
     feed = Feed()
     registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
-    link = AgentLink(registry, state_dir, http, clock, entropy, node_timeout_s=settings.node_timeout_s)
+    membership = Membership(
+        registry, node_store, fabric, http, group, clock, entropy,
+        node_timeout_s=settings.node_timeout_s,
+    )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
     provisioner = ModelProvisioner(registry, RoomFinder(registry, clock, settings), group, clock)
@@ -114,7 +119,7 @@ def assemble(
         stop=stop,
         feed=feed,
         registry=registry,
-        link=link,
+        membership=membership,
         upstreams=upstreams,
         provisioner=provisioner,
         scheduler=scheduler,

@@ -26,6 +26,8 @@ class StateDir:
         self.workers = home / "run" / "workers"
         self.logs = home / "logs"
         self.models = home / "models"
+        #: Not among the run files: its number must only rise, also from one agent to the next.
+        self.lease_file = home / "lease.json"
         self.catalog_db = home / "catalog.db"
         self.orchestrator_db = home / "orchestrator.db"
 
