@@ -8,6 +8,7 @@ from typing import cast
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent.catalog_news import CatalogNews
 from arriero.agent.engine_builds import engine_version
 from arriero.agent.engine_install import EngineInstaller
 from arriero.agent.engine_uploads import Uploads
@@ -33,7 +34,7 @@ from arriero.agent.supervisor import Supervisor
 from arriero.agent.worker_logs import prune, rotate
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, WorkerChanged
+from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
 from arriero.contracts.records import DownloadRecord, RunRecord, WorkerList, WorkerRecord
 from arriero.contracts.requests import ShutdownBody
 from arriero.contracts.version import __version__
@@ -139,6 +140,7 @@ class _Agent:
         self._feed = Feed(self._snapshot)
         self._stop = stop
         self._keeps_workers = False
+        self._news = CatalogNews(catalog, lambda models: self._feed.publish(ModelsChanged(models=models)))
         self._http_stop = asyncio.Event()
         self._log = logs.get("arriero.agent")
         me = processes.identity(os.getpid())
@@ -205,8 +207,10 @@ class _Agent:
             await adopt(self._state, self._supervisor, self._http)
             for model_ref in await self._provisioner.resume():
                 self._log.info("download_resumed", model_ref=model_ref)
+            await self._news.look()
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
+                self._group.create_task(self._news.run(), name="catalog-news"),
                 self._group.create_task(self._tidy(), name="tidy"),
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_in_order(), name="end"),
@@ -291,6 +295,7 @@ class _Agent:
                     disk_free_mb=resources.disk_free_mb,
                     unix=self._clock.wall_s(),
                     device_free_mb={device.id: device.memory_free_mb for device in resources.devices},
+                    promised_mb=self._supervisor.promises().by_device(),
                 )
             )
 
@@ -359,4 +364,5 @@ class _Agent:
             workers=list(self._supervisor.registry),
             worker_tokens=self._supervisor.live_tokens(),
             downloads=self._provisioner.records(),
+            models=self._news.models,
         )

@@ -57,6 +57,11 @@ class InferenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     queue: bool = True
 
 
+Label = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
+Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
+
+
 class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/tasks` of the orchestrator; without `model` it takes the setting `default_model`."""
 
@@ -64,6 +69,8 @@ class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=T
     node: str | None = None
     backend: str | None = None
     device: str | None = None
+    #: Only on nodes that have all of these.
+    labels: Labels = {}
 
 
 class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -143,9 +150,6 @@ class EngineInstallBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 NodeName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
-Label = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
-LabelValue = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
-Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
 Mac = Annotated[str, msgspec.Meta(pattern="^([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}$")]
 
 

@@ -17,6 +17,7 @@ from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.provisioning import ModelProvisioner
 from arriero.orchestrator.proxy import Proxy
 from arriero.orchestrator.relay import Relay
+from arriero.orchestrator.room import RoomFinder
 from arriero.orchestrator.scheduler import Scheduler
 from arriero.orchestrator.store.nodes import NodeStore
 from arriero.orchestrator.store.tasks import TaskStore
@@ -71,11 +72,13 @@ class Orchestrator:
     async def explain(self, wants: Wants) -> tuple[WorkerChoice, NodeChoice | None]:
         """Return where a request would go: the worker, else the node for a new one."""
         worker = self.scheduler.choose(wants)
-        return worker, None if worker.worker_id is not None else await self.provisioner.choose(wants)
+        return worker, None if worker.worker_id is not None else self.provisioner.room.choose(wants)
 
-    async def choose_node(self, wants: Wants) -> Node:
-        """Return the node for something new.  Raises why there is none."""
-        choice = await self.provisioner.choose(wants)
+    def node_for_download(self, wants: Wants) -> Node:
+        """Return the node that a model is to be fetched to.  Raises why there is none."""
+        if wants.node is not None:
+            return self.registry.reachable(wants.node)
+        choice = self.provisioner.room.choose_disk(wants)
         if choice.code is not None:
             fail(choice.code, choice.message)
         return self.registry.reachable(choice.node or "")
@@ -103,14 +106,14 @@ def assemble(
 ) -> Orchestrator:
     """Return an orchestrator whose parts know each other; nothing runs yet."""
     feed = Feed()
-    registry = NodeRegistry(clock, feed)
+    registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
     membership = Membership(
         registry, node_store, fabric, http, group, clock, entropy,
         node_timeout_s=settings.node_timeout_s, machines=machines,
     )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
-    provisioner = ModelProvisioner(registry, group, clock)
+    provisioner = ModelProvisioner(registry, RoomFinder(registry, clock, settings), group, clock)
     scheduler = Scheduler(registry, provisioner, clock, beat_s=BEAT_S, join_s=settings.node_timeout_s)
     exchanges = Exchanges(clock)
     counters = Counters()

@@ -14,7 +14,6 @@ from arriero.contracts.records import (
     DownloadList,
     DownloadRecord,
     Health,
-    ModelRecord,
     TaskRecord,
     WorkerList,
     WorkerRecord,
@@ -204,7 +203,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Begin to fetch a model onto a node."""
         body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
-        node = await o.choose_node(Wants(body.model_ref, body.node))
+        node = o.node_for_download(Wants(body.model_ref, body.node))
         started = await o.provisioner.start_download(node, body.model_ref, peers=body.peers, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.
         node.downloads.setdefault(
@@ -253,7 +252,7 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/models")
     async def list_models() -> OpenAiModels:
         """Return the models that can be asked for without a download, in OpenAI's shape."""
-        return OpenAiModels(data=list((await _models(o)).values()))
+        return OpenAiModels(data=list(_models(o).values()))
 
     @get("/v1/models/{model:path}")
     async def get_model(request: Asked, model: FromPath[str]) -> OpenAiModel:
@@ -261,7 +260,7 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         # The framework folds `//` into `/`: the reference is in the path as it came.
         raw: bytes = request.scope.get("raw_path") or model.encode()
         name = unquote(raw.decode("latin-1").partition("?")[0].removeprefix("/v1/models/"))
-        found = (await _models(o)).get(name)
+        found = _models(o).get(name)
         if found is None:
             raise ArrieroError(
                 ErrorCode.MODEL_NOT_FOUND, f"no model {name[:200]!r}", param="model", model=name[:200]
@@ -271,12 +270,11 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [list_models, get_model]
 
 
-async def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
-    catalogs: list[ModelRecord] = [model for _, model in await o.provisioner.catalogs()]
+def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
     found = {"demo": OpenAiModel(id="demo", created=0)}
     for record in o.registry.workers:
         found[record.model_ref] = OpenAiModel(id=record.model_ref, created=int(record.started_unix))
-    for model in catalogs:
+    for model in o.registry.views.models():
         found[model.model_ref] = OpenAiModel(id=model.model_ref, created=int(model.added_unix))
     return dict(sorted(found.items()))
 
