@@ -10,6 +10,7 @@ from litestar.routes import HTTPRoute
 from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
+from arriero.agent.routes.engines import engine_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.stock import stock_routes
 from arriero.agent.routes.workers import worker_routes
@@ -61,6 +62,7 @@ def rows() -> dict[str, list[Row]]:
         *estimate_routes(NOTHING, NOTHING),
         *stock_routes(NOTHING, NOTHING, NOTHING, inspect=NOTHING),
         *download_routes(NOTHING, NOTHING),
+        *engine_routes(NOTHING, NOTHING, NOTHING),
     ]
     return {
         "Orchestrator": sorted([*litestar_rows(handlers(NOTHING)), *STREAM_ROUTES]),

@@ -8,6 +8,10 @@ from typing import cast
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
+from arriero.agent.catalog_news import CatalogNews
+from arriero.agent.engine_builds import engine_version
+from arriero.agent.engine_install import EngineInstaller
+from arriero.agent.engine_uploads import Uploads
 from arriero.agent.estimates import Estimates
 from arriero.agent.events import Feed
 from arriero.agent.fetch import FetchLimits
@@ -21,6 +25,7 @@ from arriero.agent.retries import RetryLimits
 from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
+from arriero.agent.routes.engines import engine_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
@@ -29,7 +34,7 @@ from arriero.agent.supervisor import Supervisor
 from arriero.agent.worker_logs import prune, rotate
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, WorkerChanged
+from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
 from arriero.contracts.records import DownloadRecord, RunRecord, WorkerList, WorkerRecord
 from arriero.contracts.requests import ShutdownBody
 from arriero.contracts.version import __version__
@@ -94,7 +99,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
-                machine = await look_at_machine(settings.name_of_node(), state.home)
+                machine = await look_at_machine(settings.name_of_node(), state.home, backend=settings.backend)
                 agent = _Agent(settings, state, url_of(sock), http, group, catalog, machine, stop)
                 await agent.live(sock)
         finally:
@@ -135,6 +140,7 @@ class _Agent:
         self._feed = Feed(self._snapshot)
         self._stop = stop
         self._keeps_workers = False
+        self._news = CatalogNews(catalog, lambda models: self._feed.publish(ModelsChanged(models=models)))
         self._http_stop = asyncio.Event()
         self._log = logs.get("arriero.agent")
         me = processes.identity(os.getpid())
@@ -164,6 +170,15 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
+        self._uploads = Uploads(state.home, machine.platform, engine_version())
+        self._engines = EngineInstaller(
+            home=state.home,
+            settings=settings,
+            machine=machine,
+            uploads=self._uploads,
+            clock=clock,
+            on_change=self._engines_changed,
+        )
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -192,8 +207,10 @@ class _Agent:
             await adopt(self._state, self._supervisor, self._http)
             for model_ref in await self._provisioner.resume():
                 self._log.info("download_resumed", model_ref=model_ref)
+            await self._news.look()
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
+                self._group.create_task(self._news.run(), name="catalog-news"),
                 self._group.create_task(self._tidy(), name="tidy"),
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_in_order(), name="end"),
@@ -230,6 +247,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
             ],
             title="arriero agent",
         )
@@ -277,6 +295,7 @@ class _Agent:
                     disk_free_mb=resources.disk_free_mb,
                     unix=self._clock.wall_s(),
                     device_free_mb={device.id: device.memory_free_mb for device in resources.devices},
+                    promised_mb=self._supervisor.promises().by_device(),
                 )
             )
 
@@ -334,10 +353,16 @@ class _Agent:
         self._downloads.changed(record)
         self._feed.publish(DownloadChanged(download=record))
 
+    async def _engines_changed(self) -> None:
+        await self._machine.look_aside()
+        # The backends are told by a snapshot alone.
+        self._feed.renew()
+
     def _snapshot(self) -> AgentSnapshot:
         return AgentSnapshot(
             capabilities=self._machine.capabilities(),
             workers=list(self._supervisor.registry),
             worker_tokens=self._supervisor.live_tokens(),
             downloads=self._provisioner.records(),
+            models=self._news.models,
         )

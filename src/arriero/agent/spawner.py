@@ -90,7 +90,7 @@ class Spawner:
         plan = await self._preflight.plan(
             kind,
             spec,
-            Wish(body.backend, body.device),
+            Wish(body.backend or self._backend_unless(body.device), body.device),
             model_ref=body.model_ref,
             context=self._context_of(body, entry),
             promises=self._supervisor.promises(),
@@ -110,6 +110,10 @@ class Spawner:
         configured = configured_options(self._settings)
         base = configured if engine == self._settings.engine else {}
         return engine, {**base, **body.options}
+
+    def _backend_unless(self, device: str | None) -> str | None:
+        """Return the settings' backend, which counts where neither backend nor device is asked for."""
+        return None if device is not None else self._settings.backend or None
 
     def _context_of(self, body: SpawnBody, entry: CatalogEntry) -> tuple[int, bool]:
         """Return the tokens of a slot's context, and whether they were asked for."""
@@ -210,6 +214,7 @@ class Spawner:
             stop_grace_s=settings.stop_grace_s,
             is_embedding=entry.record.is_embedding,
             threads=settings.engine_threads,
+            engine_folder=os.fspath(plan.spec.engine_folder or ""),
             fence=self._fence(),
         )
 

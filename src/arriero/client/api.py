@@ -13,7 +13,9 @@ import msgspec
 from arriero.client import stream as streams
 from arriero.client.caller import STREAM_SILENCE_S, Caller, RawAnswer
 from arriero.client.connection import FailureCodes
+from arriero.client.engines_api import EngineCalls
 from arriero.client.models_api import ModelCalls
+from arriero.client.nodes_api import NodeCalls
 from arriero.client.stream import EventStream, InferenceFrame
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
@@ -24,8 +26,6 @@ from arriero.contracts.records import (
     Health,
     ModelList,
     ModelRecord,
-    NodeList,
-    NodeRecord,
     TaskRecord,
     WorkerHealth,
     WorkerList,
@@ -82,7 +82,7 @@ class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
-class Orchestrator(Caller):
+class Orchestrator(NodeCalls):
     """The orchestrator's routes."""
 
     def health(self, *, timeout_s: float | None = None) -> Health:
@@ -107,10 +107,6 @@ class Orchestrator(Caller):
     def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
-
-    def nodes(self) -> list[NodeRecord]:
-        """Return the machines of the pool."""
-        return self.call("GET", "/v1/nodes", NodeList).nodes
 
     def downloads(self) -> list[DownloadRecord]:
         """Return the downloads of the pool, running and ended."""
@@ -171,7 +167,7 @@ class Orchestrator(Caller):
         )  # fmt: skip
 
     def node_agent(self, node: str) -> "Agent":
-        """Return a client of a node's agent, wherever it lives; it answers for its models alone."""
+        """Return a client of a node's agent, wherever it lives: for its models and engines alone."""
         return Agent(f"{self.url}/v1/nodes/{quote(node, safe='')}/proxy", self._target.token)
 
     def worker_client(self, record: WorkerRecord, **options: Any) -> "Worker":
@@ -179,7 +175,7 @@ class Orchestrator(Caller):
         return Worker(record.url, self._target.token, **options)
 
 
-class Agent(ModelCalls):
+class Agent(ModelCalls, EngineCalls):
     """The agent's routes."""
 
     def health(self, *, timeout_s: float | None = None) -> Health:
