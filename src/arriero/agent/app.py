@@ -43,8 +43,8 @@ from arriero.engines import formats
 from arriero.engines import registry as engines
 from arriero.runtime import daemon, logs, processes, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
-from arriero.runtime.clock import SystemClock
-from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.clock import Clock, SystemClock
+from arriero.runtime.entropy import Entropy, SystemEntropy
 from arriero.runtime.http import Http
 from arriero.runtime.litestar_app import make_app
 from arriero.runtime.serve import bind, serve, url_of
@@ -187,15 +187,18 @@ class _Agent:
             kind_of=engines.kind,
             promises=self._supervisor.promises,
         )
-        self._spawner = Spawner(
-            settings=settings,
-            node=machine.node,
-            state=state,
+        self._spawner = self._new_spawner(preflight, clock, entropy)
+
+    def _new_spawner(self, preflight: Preflight, clock: Clock, entropy: Entropy) -> Spawner:
+        return Spawner(
+            settings=self._settings,
+            node=self._machine.node,
+            state=self._state,
             supervisor=self._supervisor,
             preflight=preflight,
             locate=self._locate,
             kind_of=engines.kind,
-            callback_url=url + READY_PATH,
+            callback_url=self._url + READY_PATH,
             fence=lambda: self._lease.number,
             clock=clock,
             entropy=entropy,

@@ -122,6 +122,8 @@ class ModelProvisioner:
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
         self._log = logs.get("arriero.provisioning")
+        #: Whether the workers that are started go with this orchestrator.
+        self.binds_workers = False
 
     @property
     def jobs_running(self) -> int:
@@ -263,6 +265,8 @@ class ModelProvisioner:
         return record
 
     async def _spawn(self, node: Node, body: SpawnBody) -> WorkerRecord:
+        if self.binds_workers:
+            body = msgspec.structs.replace(body, bound=True)
         record = await node.peer.call(
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
