@@ -161,14 +161,7 @@ class _Agent:
             lease=self._lease,
         )
         self._uploads = Uploads(state.home, machine.platform, engine_version())
-        self._engines = EngineInstaller(
-            home=state.home,
-            settings=settings,
-            machine=machine,
-            uploads=self._uploads,
-            clock=clock,
-            on_change=self._engines_changed,
-        )
+        self._engines = self._installer(settings)
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -189,6 +182,16 @@ class _Agent:
             fence=lambda: self._lease.number,
             clock=clock,
             entropy=entropy,
+        )
+
+    def _installer(self, settings: Settings) -> EngineInstaller:
+        return EngineInstaller(
+            home=self._state.home,
+            settings=settings,
+            machine=self._machine,
+            uploads=self._uploads,
+            clock=self._clock,
+            on_change=self._engines_changed,
         )
 
     async def live(self, sock: socket.socket, stop: asyncio.Event) -> None:
