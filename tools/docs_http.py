@@ -7,6 +7,7 @@ from typing import Any, cast
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
+from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
 from arriero.agent.routes.engines import engine_routes
@@ -56,6 +57,7 @@ def rows() -> dict[str, list[Row]]:
     agent = [
         *node_routes(NOTHING, NOTHING, NOTHING, stop=NOTHING),
         *worker_routes(NOTHING, NOTHING, stop=NOTHING),
+        *admin_routes(NOTHING, NOTHING),
         *catalog_routes(NOTHING),
         *estimate_routes(NOTHING, NOTHING),
         *stock_routes(NOTHING, NOTHING, NOTHING, inspect=NOTHING),

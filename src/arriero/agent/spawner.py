@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from arriero.agent import child as children
 from arriero.agent.catalog import CatalogEntry
 from arriero.agent.child import Child
@@ -14,6 +16,7 @@ from arriero.agent.preflight import Plan, Preflight, configured_options, default
 from arriero.agent.supervisor import Supervisor, remove_traces, write_run
 from arriero.contracts import ids
 from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.fence import FENCE_HEADER
 from arriero.contracts.records import WorkerRecord, WorkerRunRecord
 from arriero.contracts.requests import SpawnBody, WorkerSpec
 from arriero.contracts.states import WorkerState
@@ -67,14 +70,16 @@ class Spawner:
         self._entropy = entropy
         self._log = logs.get("arriero.agent.spawner")
 
-    async def spawn(self, body: SpawnBody) -> WorkerRecord:
-        """Start a worker and return its record (`starting`).
+    async def spawn(self, body: SpawnBody, *, holder: str = "") -> WorkerRecord:
+        """Start a worker and return its record (`starting`); `holder`: of the node's lease, if it asks.
 
         Raises MODEL_NOT_FOUND and the errors of a reference, those of preflight, WORKER_START_FAILED
         while the model is refused after crashes, WORKER_BINARY_NOT_FOUND, NO_CAPACITY while the
         agent ends.
         """
         self._refuse_if_ending()
+        if body.bound and not holder:
+            fail(ErrorCode.INVALID_REQUEST, f"{FENCE_HEADER} says to whom it is bound", param="bound")
         engine, options = self._engine_of(body)
         kind = self._kind_of(engine)
         self._supervisor.refuse_if_crashing(body.model_ref)
@@ -93,7 +98,7 @@ class Spawner:
         # From here to the spawn nothing waits: what is checked is still so.
         self._refuse_if_ending()
         self._preflight.recheck(plan, self._supervisor.promises())
-        return self._start(body, entry, engine, plan)
+        return self._start(body, entry, engine, plan, bound_to=holder if body.bound else "")
 
     def _refuse_if_ending(self) -> None:
         if self._supervisor.is_stopping:
@@ -116,12 +121,15 @@ class Spawner:
             return body.context_tokens, True
         return default_context(self._settings, entry.record), False
 
-    def _start(self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan) -> WorkerRecord:
+    def _start(
+        self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan, *, bound_to: str
+    ) -> WorkerRecord:
         worker_id = ids.worker_id(self._entropy.hex(12))
         log_path = self._state.log_file(f"workers/{worker_id}")
         argv = children.worker_argv(self._settings.worker_command)
         started = children.start(argv, log_path=log_path, env=worker_env(os.environ))
         held, record = self._describe(body, worker_id, log_path, started, engine, plan)
+        held.run = msgspec.structs.replace(held.run, bound_to=bound_to)
         try:
             # In this order an agent that dies in between leaves nothing that the next does not find.
             write_run(self._state, held.run)

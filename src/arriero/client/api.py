@@ -15,6 +15,7 @@ from arriero.client.caller import STREAM_SILENCE_S, Caller, RawAnswer
 from arriero.client.connection import FailureCodes
 from arriero.client.engines_api import EngineCalls
 from arriero.client.models_api import ModelCalls
+from arriero.client.nodes_api import NodeCalls
 from arriero.client.stream import EventStream, InferenceFrame
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
@@ -25,15 +26,13 @@ from arriero.contracts.records import (
     Health,
     ModelList,
     ModelRecord,
-    NodeList,
-    NodeRecord,
     TaskRecord,
     WorkerHealth,
     WorkerList,
     WorkerReady,
     WorkerRecord,
 )
-from arriero.contracts.requests import DownloadBody, InferenceBody, SpawnBody, TaskBody
+from arriero.contracts.requests import DownloadBody, InferenceBody, ShutdownBody, SpawnBody, TaskBody
 
 __all__ = [
     "DEADLINE_HEADER",
@@ -83,7 +82,7 @@ class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
-class Orchestrator(Caller):
+class Orchestrator(NodeCalls):
     """The orchestrator's routes."""
 
     def health(self, *, timeout_s: float | None = None) -> Health:
@@ -108,10 +107,6 @@ class Orchestrator(Caller):
     def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
-
-    def nodes(self) -> list[NodeRecord]:
-        """Return the machines of the pool."""
-        return self.call("GET", "/v1/nodes", NodeList).nodes
 
     def downloads(self) -> list[DownloadRecord]:
         """Return the downloads of the pool, running and ended."""
@@ -206,6 +201,10 @@ class Agent(ModelCalls, EngineCalls):
     def stop_worker(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
+
+    def shut_down(self, *, workers: bool = True, timeout_s: float | None = None) -> None:
+        """Have it end, with its workers or without; returns as soon as it has begun."""
+        self.send("POST", "/v1/admin/shutdown", body=ShutdownBody(workers=workers), timeout_s=timeout_s)
 
     def models(self) -> list[ModelRecord]:
         """Return the machine's catalog."""

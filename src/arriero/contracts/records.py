@@ -371,6 +371,8 @@ class WorkerRunRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: What preflight reckoned with: promised to the worker until it is loaded.
     estimated_host_mb: int = 0
     estimated_device_mb: int = 0
+    #: The holder of the node's lease that it goes with; empty: it stays.
+    bound_to: str = ""
 
 
 class WorkerList(msgspec.Struct, frozen=True):

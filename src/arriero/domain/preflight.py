@@ -73,6 +73,12 @@ class Promises:
         """Memory of a device promised in all."""
         return sum(promise.device_mb for promise in self.each if promise.device == device)
 
+    def by_device(self) -> dict[str, int]:
+        """Return what is promised of each device; the host's memory as that of "cpu"."""
+        promised = {promise.device: self.device_mb(promise.device) for promise in self.each}
+        promised["cpu"] = self.host_mb
+        return {device: memory_mb for device, memory_mb in promised.items() if memory_mb > 0}
+
 
 def promise(*, estimated_host_mb: int, estimated_device_mb: int, used_mb: int, device: str) -> Promise:
     """Return what a loading worker may still take of its estimate.

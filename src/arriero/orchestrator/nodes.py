@@ -16,6 +16,7 @@ from arriero.contracts.events import (
     AgentEvent,
     AgentSnapshot,
     DownloadChanged,
+    ModelsChanged,
     NodeChanged,
     PoolEvent,
     PoolWorkerChanged,
@@ -24,6 +25,7 @@ from arriero.contracts.events import (
 from arriero.contracts.records import (
     Capabilities,
     DownloadRecord,
+    ModelRecord,
     NodeRecord,
     RunRecord,
     WorkerExit,
@@ -32,7 +34,6 @@ from arriero.contracts.records import (
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.download_states import DOWNLOADS
 from arriero.domain.node_states import NODES
-from arriero.domain.placement import NodeView, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.domain.workers import WorkerRegistry
 from arriero.orchestrator import reach
@@ -40,6 +41,7 @@ from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.reach import Line
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.orchestrator.upstream import Address
+from arriero.orchestrator.views import PoolViews
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.http import Peer
@@ -68,6 +70,8 @@ class Node:
     error: ErrorBody | None = None
     latency_ms: float = 0.0
     downloads: dict[str, DownloadRecord] = field(default_factory=dict)
+    #: Its catalog, by reference.
+    models: dict[str, ModelRecord] = field(default_factory=dict)
 
     @property
     def peer(self) -> Peer:
@@ -125,7 +129,7 @@ class Node:
 class NodeRegistry:
     """Nodes, their workers and the workers' tokens; `changed` wakes whoever waits for any of it."""
 
-    def __init__(self, clock: Clock, feed: Feed) -> None:
+    def __init__(self, clock: Clock, feed: Feed, *, wake_cost_s: float = 60.0) -> None:
         self._clock = clock
         self._feed = feed
         self._log = logs.get("arriero.nodes")
@@ -133,6 +137,8 @@ class NodeRegistry:
         self._tokens: dict[str, str] = {}
         self._ended: OrderedDict[str, WorkerRecord] = OrderedDict()
         self.workers = WorkerRegistry()
+        #: The same as choices see it.
+        self.views = PoolViews(clock, wake_cost_s=wake_cost_s)
         self.changed = Changed()
         #: What a person changed of this machine itself, by the name of its agent.
         self.local_entries: dict[str, NodeEntry] = {}
@@ -203,41 +209,6 @@ class NodeRegistry:
         found = [(node, download) for node in self.nodes() for download in node.downloads.values()]
         return sorted(found, key=lambda pair: -pair[1].started_unix)
 
-    def worker_views(self, in_flight: dict[str, int]) -> list[WorkerView]:
-        """Return the workers as a choice sees them; `in_flight` counts what we sent them ourselves."""
-        return [self._worker_view(record, in_flight.get(record.worker_id, 0)) for record in self.workers]
-
-    def _worker_view(self, record: WorkerRecord, sent: int) -> WorkerView:
-        # The record lags behind what we sent just now: the worse of both counts.
-        total = record.slots_total
-        node = self._nodes.get(record.node)
-        return WorkerView(
-            worker_id=record.worker_id,
-            node=record.node,
-            model_ref=record.model_ref,
-            backend=record.backend,
-            device=record.device,
-            state=record.state,
-            slots_free=min(record.slots_available, total - sent),
-            queued=max(record.queued, sent - total, 0),
-            node_state=node.state if node is not None else NodeState.UNREACHABLE,
-            load_fraction=record.load_fraction,
-        )
-
-    def node_views(self, with_model: frozenset[str]) -> list[NodeView]:
-        """Return the nodes as a choice sees them; `with_model` names those that hold the model."""
-        return [
-            NodeView(
-                name=node.name,
-                state=node.state,
-                backends=tuple(node.capabilities.backends),
-                devices=tuple(node.capabilities.devices),
-                ram_free_mb=node.capabilities.ram_free_mb,
-                has_model=node.name in with_model,
-            )
-            for node in self.nodes()
-        ]
-
     # --- What the agents tell ------------------------------------------------------------
 
     def add(self, entry: NodeEntry) -> Node:
@@ -298,6 +269,7 @@ class NodeRegistry:
             self._step(node, NodeState.READY)
         else:
             self._tell(NodeChanged(node=node.record()))
+        self._has_models(node, snapshot.models)
         self._follow_wish(node)
         for download_id, download in node.downloads.items():
             if before.get(download_id) != download:
@@ -321,6 +293,8 @@ class NodeRegistry:
             node.downloads[download.download_id] = download
             _forget_old(node.downloads)
             self._tell(DownloadChanged(download=download))
+        elif isinstance(event, ModelsChanged):
+            self._has_models(node, event.models)
         elif isinstance(event, AgentBeat):
             free = event.device_free_mb
             node.capabilities = msgspec.structs.replace(
@@ -332,13 +306,22 @@ class NodeRegistry:
                     for device in node.capabilities.devices
                 ],
             )
+            self.views.beat(
+                node.name,
+                ram_free_mb=event.ram_free_mb,
+                disk_free_mb=event.disk_free_mb,
+                devices=node.capabilities.devices,
+                promised_mb=event.promised_mb,
+            )
 
     def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
-        node.error = error.body()
+        before, node.error = node.error, error.body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
             self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)
+        elif before is None or before.code != node.error.code:
+            self._tell(NodeChanged(node=node.record()))
 
     def _follow_wish(self, node: Node) -> None:
         """Take a node out of the choice, or back, as a person asked for; also after it comes back."""
@@ -386,7 +369,13 @@ class NodeRegistry:
         self._log.info("node", node=node.name, state=str(state))
         self._tell(NodeChanged(node=node.record()))
 
+    def _has_models(self, node: Node, models: list[ModelRecord]) -> None:
+        node.models = {model.model_ref: model for model in models}
+        self.views.models_told(node.name, models)
+        self.changed.notify()
+
     def _tell(self, event: PoolEvent) -> None:
+        self.views.take(event)
         self._feed.tell(event)
         self.changed.notify()
 

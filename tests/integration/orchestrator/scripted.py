@@ -314,6 +314,7 @@ class ScriptedAgent:
             workers=[worker.record for worker in self.workers.values()],
             worker_tokens={worker.worker_id: worker.token for worker in self.workers.values()},
             downloads=[],
+            models=self.models,
         )  # fmt: skip
 
     async def _models(self, request: web.Request) -> web.StreamResponse:

@@ -254,7 +254,7 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
         ) as response:
             explained = await response.json()
         assert explained["code"] == "INSUFFICIENT_RAM"
-        assert explained["refused_nodes"][0]["why"] == "has 7.4 GiB free, the model has 20.0 GiB"
+        assert explained["refused_nodes"][0]["why"] == "has 7.4 GiB free, the model needs 20.0 GiB"
         assert andes.spawned == []
         async with o.session.get(f"{o.url}/metrics") as response:
             assert 'arriero_nodes{state="ready"} 1.0' in await response.text()
