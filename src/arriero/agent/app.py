@@ -170,7 +170,6 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
-        self._uploads = Uploads(state.home, machine.platform, engine_version())
         self._engines = self._installer(settings)
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
@@ -199,7 +198,7 @@ class _Agent:
             home=self._state.home,
             settings=settings,
             machine=self._machine,
-            uploads=self._uploads,
+            uploads=Uploads(self._state.home, self._machine.platform, engine_version()),
             clock=self._clock,
             on_change=self._engines_changed,
         )
@@ -250,7 +249,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
-                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, stop=self._http_stop),
             ],
             title="arriero agent",
         )
