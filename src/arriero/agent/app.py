@@ -170,15 +170,7 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
-        self._uploads = Uploads(state.home, machine.platform, engine_version())
-        self._engines = EngineInstaller(
-            home=state.home,
-            settings=settings,
-            machine=machine,
-            uploads=self._uploads,
-            clock=clock,
-            on_change=self._engines_changed,
-        )
+        self._engines = self._installer(settings)
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -202,6 +194,16 @@ class _Agent:
             fence=lambda: self._lease.number,
             clock=clock,
             entropy=entropy,
+        )
+
+    def _installer(self, settings: Settings) -> EngineInstaller:
+        return EngineInstaller(
+            home=self._state.home,
+            settings=settings,
+            machine=self._machine,
+            uploads=Uploads(self._state.home, self._machine.platform, engine_version()),
+            clock=self._clock,
+            on_change=self._engines_changed,
         )
 
     async def live(self, sock: socket.socket) -> None:
@@ -250,7 +252,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
-                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, stop=self._http_stop),
             ],
             title="arriero agent",
         )
