@@ -17,6 +17,7 @@ from arriero.client.models_api import ModelCalls
 from arriero.client.stream import EventStream, InferenceFrame
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
+from arriero.contracts.placements import PlacementExplained
 from arriero.contracts.records import (
     Capabilities,
     DownloadList,
@@ -111,6 +112,10 @@ class Orchestrator(Caller):
     def nodes(self) -> list[NodeRecord]:
         """Return the machines of the pool."""
         return self.call("GET", "/v1/nodes", NodeList).nodes
+
+    def explain(self, body: TaskBody) -> PlacementExplained:
+        """Return where a request would go now, and why nowhere else."""
+        return self.call("POST", "/v1/placements:explain", PlacementExplained, body=_without_defaults(body))
 
     def downloads(self) -> list[DownloadRecord]:
         """Return the downloads of the pool, running and ended."""
@@ -336,4 +341,5 @@ def _without_defaults(body: InferenceBody) -> dict[str, Any]:
 
 
 def _is_default(name: str, value: object) -> bool:
-    return (name == "ignore_eos" and value is False) or (name == "queue" and value is True)
+    defaults = {"ignore_eos": False, "queue": True, "labels": {}}
+    return name in defaults and value == defaults[name]

@@ -79,6 +79,10 @@ class Scheduler:
         """How many requests are with workers now."""
         return self._registry.views.requests_in_flight
 
+    def requests_on(self, node: str) -> int:
+        """Return how many requests are with the workers of a node now."""
+        return self._registry.views.requests_on(node)
+
     def choose(self, wants: Wants) -> WorkerChoice:
         """Return which worker would take a request now."""
         workers = self._registry.views.workers

@@ -82,6 +82,10 @@ class PoolViews:
         """How many requests are with workers now."""
         return sum(self._loads.values())
 
+    def requests_on(self, node: str) -> int:
+        """How many requests are with the workers of a node now."""
+        return self._loads.get(node, 0)
+
     def facts(self, model_ref: str) -> ModelFacts:
         """Return what is known of a model."""
         holders = self._holders.get(model_ref, {})
