@@ -12,9 +12,19 @@ from arriero.client.api import Agent
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentEvent, AgentSnapshot
 from arriero.contracts.records import Capabilities, ModelList, WorkerList
+from arriero.contracts.states import NodeState
+from arriero.fabrics.base import Connection, NodeAddress
+from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.links import NodeLink
+from arriero.orchestrator.nodes import NodeRegistry
+from arriero.orchestrator.reach import SshReach
+from arriero.orchestrator.store import open_database
+from arriero.orchestrator.store.nodes import NodeStore
+from arriero.runtime.clock import SystemClock
+from arriero.runtime.entropy import SystemEntropy
 from arriero.runtime.http import Http
 from arriero.testing.agents import wait_for
-from arriero.testing.herd import Herd
+from arriero.testing.herd import Herd, HerdFabric
 from arriero.testing.herd_orchestrator import HerdOrchestrator
 
 NODES = 20
@@ -76,3 +86,38 @@ def test_a_herd_is_held_is_missed_and_comes_back(herd: Herd, tmp_path: Path) -> 
         after = {node.name: node.lease for node in orchestrator.client.nodes()}
         assert len(orchestrator.client.workers()) == 5 * NODES
         assert all(after[name] > before[name] for name in herd.names)
+
+
+class _FirstIsGone(HerdFabric):
+    """The first connection that it makes is gone before anybody has used it."""
+
+    made = 0
+
+    async def connect(self, address: NodeAddress) -> Connection:
+        connection = await super().connect(address)
+        self.made += 1
+        if self.made == 1:
+            await connection.aclose()
+        return connection
+
+
+async def test_a_line_that_is_gone_from_its_beginning_is_made_anew(herd: Herd, tmp_path: Path) -> None:
+    clock, entropy = SystemClock(), SystemEntropy()
+    entry = herd.entries()[0]
+    fabric = _FirstIsGone(herd.folder, entropy)
+    database = await open_database(tmp_path / "orchestrator.db")
+    try:
+        async with Http() as http, asyncio.timeout(10):
+            leases = await NodeStore.open(database, entropy)
+            registry = NodeRegistry(clock, Feed())
+            node = registry.add(entry)
+            reach = SshReach(entry, fabric, http, leases, clock)
+            link = NodeLink(registry, reach, clock, entropy, node_timeout_s=3, name=entry.name)
+            async with asyncio.TaskGroup() as group:
+                holding = group.create_task(link.run())
+                while node.state is not NodeState.READY:
+                    await registry.changed.wait()
+                holding.cancel()
+    finally:
+        await database.close()
+    assert fabric.made == 2

@@ -125,7 +125,10 @@ class NodeLink:
                 failed: ArrieroError | None = error
             else:
                 failed = None
-            watch.cancel()
+            # A line that was gone before we began fails at once: the watch has to begin to see it.
+            await asyncio.sleep(0)
+            if not line.is_gone:
+                watch.cancel()
         if failed is not None:
             raise failed
 
