@@ -171,6 +171,10 @@ class Orchestrator(NodeCalls):
             body=_without_defaults(body), headers=headers, codes=codes, silence_s=silence_s, total_s=total_s,
         )  # fmt: skip
 
+    def worker_log(self, worker_id: str, *, follow: bool) -> Iterator[bytes]:
+        """Yield a worker's log as it comes."""
+        return self.lines(f"/v1/workers/{quote(worker_id, safe='')}/logs" + ("?follow=1" if follow else ""))
+
     def node_agent(self, node: str) -> "Agent":
         """Return a client of a node's agent, wherever it lives: for its models and engines alone."""
         return Agent(f"{self.url}/v1/nodes/{quote(node, safe='')}/proxy", self._target.token)
