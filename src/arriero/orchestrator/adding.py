@@ -16,6 +16,7 @@ from arriero.contracts.events import NodeDone, NodeStep
 from arriero.contracts.requests import NodeAddBody
 from arriero.contracts.states import NodeState
 from arriero.fabrics.base import INSTALL_PATH, Connection, Fabric, NodeAddress
+from arriero.orchestrator.fitting import fit_engine
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.membership import Membership
@@ -145,6 +146,7 @@ class Adding:
                     await self._machines.install(connection, survey, tell, carry=body.carry)
                     await self._machines.start(connection, entry.install_path, entry.name, tell)
                     node = await self._joined(entry, connection, tell)
+                await fit_engine(node, tell)
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 
     async def _not_held_by_another(self, entry: NodeEntry, connection: Connection) -> None:

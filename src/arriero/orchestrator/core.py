@@ -110,7 +110,7 @@ def assemble(
     registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
     membership = Membership(
         registry, node_store, fabric, http, group, clock, entropy,
-        node_timeout_s=settings.node_timeout_s, machines=machines,
+        node_timeout_s=settings.node_timeout_s, machines=machines, stop=stop,
     )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)

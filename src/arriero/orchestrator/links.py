@@ -209,6 +209,11 @@ class NodeLink:
             self._registry.unreachable(self._node, why)
         self._node = node
         self._error = None
+        with contextlib.suppress(ArrieroError):
+            started_s = self._clock.monotonic_s()
+            peer = line.peer(record.url, record.token)
+            await peer.call("GET", "/v1/health", timeout_s=self._node_timeout_s)
+            node.latency_ms = (self._clock.monotonic_s() - started_s) * 1000
         return node
 
     async def _lead(self, line: Line, worker: WorkerRecord) -> None:

@@ -34,6 +34,7 @@ class Membership:
         *,
         node_timeout_s: float,
         machines: Machines,
+        stop: asyncio.Event,
     ) -> None:
         self._registry = registry
         self._store = store
@@ -44,6 +45,7 @@ class Membership:
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
         self._machines = machines
+        self._stop = stop
         self._log = logs.get("arriero.nodes")
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -77,6 +79,9 @@ class Membership:
 
     def _reviving(self, entry: NodeEntry) -> Revive:
         async def revive(line: Line) -> None:
+            if self._stop.is_set():
+                # It may be we who have ended it.
+                return
             self._log.warning("its agent does not come back by itself", node=entry.name)
             await self._machines.start(line.connection, entry.install_path, entry.name, _unheard)
 

@@ -12,6 +12,7 @@ from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
 from arriero.fabrics.base import Connection, Fabric
 from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
+from arriero.orchestrator.fitting import fit_engine
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
@@ -110,6 +111,8 @@ class Upkeep:
                     finally:
                         self._membership.hold(entry)
                     await self._held(node)
+                    # A build that was there may have been for the engine's version before.
+                    await fit_engine(node, tell)
                 finally:
                     await self._membership.wish_drained(name, is_drained=was_drained)
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
