@@ -15,18 +15,20 @@ import pytest
 PATIENCE_S = 5.0
 
 
-def _remaining(before: set[str]) -> set[str]:
-    return _belongings() - before
+def _remaining(before: dict[str, str]) -> list[str]:
+    return [told for name, told in _belongings().items() if name not in before]
 
 
-def _belongings() -> set[str]:
-    """Return our child processes and open sockets, as text."""
-    found = set()
+def _belongings() -> dict[str, str]:
+    """Return our child processes and open sockets, as text, by what does not change about them."""
+    found = {}
     me = psutil.Process()
     for child in me.children(recursive=True):
         try:
             if child.status() != psutil.STATUS_ZOMBIE:
-                found.add(f"process {child.pid} {' '.join(child.cmdline())[:120]}")
+                told = f"process {child.pid} {' '.join(child.cmdline())[:120]}"
+                # sshd has its title tell how many are logging in.
+                found[f"process {child.pid}"] = told
         except psutil.Error:
             continue
     if Path("/proc/self/fd").is_dir():
@@ -36,7 +38,7 @@ def _belongings() -> set[str]:
             except OSError:
                 continue
             if target.startswith("socket:") or (target.startswith("/") and not target.startswith("/dev/")):
-                found.add(f"file {link.name} {target}")
+                found[f"file {link.name} {target}"] = f"file {link.name} {target}"
     return found
 
 

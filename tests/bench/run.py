@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from arriero.contracts.version import __version__
 from arriero.runtime.state_dir import StateDir, socket_dir
-from tests.bench import cancel, download
+from tests.bench import cancel, download, herd, placement
 from tests.bench.load import Round, Target, one_round
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +136,8 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     print("slot free after the client left:", line["cancel"])
     print("commands:", line["commands"])
     print("download:", line["download"])
+    print("herd:", line["herd"])
+    print("placement:", line["placement"])
 
 
 def main() -> int:
@@ -166,6 +168,8 @@ def main() -> int:
             run("down", env=env)
     # The pool is down: nothing else computes meanwhile.
     line["download"] = download.measure()
+    line["herd"] = herd.measure()
+    line["placement"] = placement.measure()
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else None
     show(line, baseline)
     HISTORY.parent.mkdir(exist_ok=True)

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import io
 import os
 import random
+import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from aiohttp import ClientSession, TCPConnector, UnixConnector, web
+from aiohttp import ClientError, ClientSession, TCPConnector, UnixConnector, web
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import Connection, HostPort, LocalEnd, NodeAddress
+from arriero.fabrics.base import Connection, HostPort, LocalEnd, NodeAddress, SocketPath
 from arriero.fabrics.local import LocalFabric
 from arriero.fabrics.ssh import SshFabric
 from arriero.runtime.clock import SystemClock
@@ -303,6 +305,123 @@ async def _fetch(client: ClientSession, url: str, size: int) -> None:
         assert len(await response.read()) == size
 
 
+@contextlib.asynccontextmanager
+async def website_on_a_socket(path: Path) -> AsyncIterator[SocketPath]:
+    """Serve `/N` with N bytes, and what is sent with its length."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(body=b"x" * int(request.match_info["size"]))
+
+    async def measure(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(await request.read())))
+
+    app = web.Application(client_max_size=100_000_000)
+    app.router.add_get("/{size}", answer)
+    app.router.add_post("/", measure)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    try:
+        yield SocketPath(path)
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="arr-") as folder:
+        yield Path(folder)
+
+
+async def test_a_port_there_leads_to_a_socket_here(connection: Connection, short_dir: Path) -> None:
+    async with website_on_a_socket(short_dir / "s") as end:
+        port = await connection.expose(end)
+        assert await connection.expose(end) == port
+        url = f"http://127.0.0.1:{port}"
+        async with ClientSession() as client:
+            async with asyncio.TaskGroup() as group:
+                for size in (0, 1, 100_000, 5_000_000):
+                    group.create_task(_fetch(client, f"{url}/{size}", size))
+            async with client.post(url, data=io.BytesIO(b"x" * 5_000_000)) as response:
+                assert await response.text() == "5000000"
+        await connection.unexpose(end)
+        await connection.unexpose(end)
+        await until("nothing listens there", lambda: not _listens(port))
+        again = await connection.expose(end)
+        async with ClientSession() as client:
+            await _fetch(client, f"http://127.0.0.1:{again}/3", 3)
+
+
+async def test_a_port_there_leads_to_a_port_here(connection: Connection) -> None:
+    async with website() as port:
+        end = HostPort("127.0.0.1", port)
+        there = await connection.expose(end)
+        assert await connection.expose(end) == there
+        async with ClientSession() as client:
+            await _fetch(client, f"http://127.0.0.1:{there}/1000", 1000)
+        await connection.unexpose(end)
+        await connection.unexpose(end)
+
+
+async def test_several_ends_have_a_port_each(connection: Connection, short_dir: Path) -> None:
+    async with (
+        website_on_a_socket(short_dir / "a") as one,
+        website_on_a_socket(short_dir / "b") as two,
+        website() as three,
+    ):
+        ends = (one, two, HostPort("127.0.0.1", three))
+        ports = [await connection.expose(end) for end in ends]
+        assert len(set(ports)) == 3
+        await connection.unexpose(one)
+        await until("nothing listens there", lambda: not _listens(ports[0]))
+        async with ClientSession() as client:
+            for size, port in enumerate(ports[1:]):
+                await _fetch(client, f"http://127.0.0.1:{port}/{size}", size)
+
+
+async def test_a_port_there_whose_socket_nobody_serves_hangs_up(
+    connection: Connection, short_dir: Path
+) -> None:
+    port = await connection.expose(SocketPath(short_dir / "nobody"))
+    async with ClientSession() as client:
+        with pytest.raises(ClientError):
+            await client.get(f"http://127.0.0.1:{port}/1")
+
+
+async def test_a_port_there_ends_with_the_connection_and_what_goes_through_it_too(
+    connection: Connection, short_dir: Path
+) -> None:
+    async with _silent(short_dir / "s") as end:
+        port = await connection.expose(end)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"anybody?")
+        await writer.drain()
+        await connection.aclose()
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
+        await until("nothing listens there", lambda: not _listens(port))
+
+
+@contextlib.asynccontextmanager
+async def _silent(path: Path) -> AsyncIterator[SocketPath]:
+    """Accept, and never answer."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, path)
+    async with server:
+        yield SocketPath(path)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 # --- The end -------------------------------------------------------------------------------------
 
 
@@ -317,6 +436,8 @@ async def test_what_is_closed_says_so(connection: Connection) -> None:
         connection.put(b"", "x", mode=0o600),
         connection.read("x", bytes_max=1),
         connection.forward(10),
+        connection.expose(HostPort("127.0.0.1", 9)),
+        connection.expose(SocketPath(Path("/nobody"))),
     ):
         with pytest.raises(ArrieroError) as failed:
             await attempt

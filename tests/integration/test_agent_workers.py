@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,13 @@ from tests.integration.agent_scripts import (
 )
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.contracts.events import AgentBeat, AgentEvent, AgentSnapshot, WorkerChanged
-from arriero.contracts.records import WorkerRecord
-from arriero.contracts.requests import ReadyCallback
+from arriero.contracts.events import AgentBeat, AgentEvent, AgentSnapshot, ModelsChanged, WorkerChanged
+from arriero.contracts.records import WorkerRecord, WorkerRunRecord
+from arriero.contracts.requests import ImportBody, ReadyCallback
 from arriero.contracts.states import WorkerState as S
-from arriero.runtime import processes
+from arriero.runtime import processes, state_dir
 from arriero.testing.agents import AgentProcess, agent, wait_for
+from arriero.testing.gguf_writer import write_llama
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +261,38 @@ def test_events_tell_everything_in_order(one: AgentProcess, tmp_path: Path) -> N
     states = list(dict.fromkeys(event.worker.state for event in mine))
     assert states == [S.STARTING, S.LOADING, S.IDLE, S.DRAINING, S.STOPPED]
     assert {event.worker_token for event in mine} == {secret}
+
+
+def test_what_is_in_the_catalog_and_what_is_promised_is_told(tmp_path: Path) -> None:
+    # A worker that never calls back keeps its promise until it is stopped.
+    mute = QUICK | {"worker_command": f"{sys.executable} -c 'import time; time.sleep(600)'"}
+    with agent(mute) as one:
+        path = write_llama(tmp_path / "m.gguf")
+        body = ImportBody(path=str(path), model_ref="hf:org/m")
+        with one.client.stream("GET", "/v1/events", needs_done=False) as stream:
+            events = (msgspec.json.decode(e.data, type=AgentEvent) for e in stream if e.comment is None)
+            first = next(events)
+            assert isinstance(first, AgentSnapshot) and first.models == []
+            (record,) = one.client.import_models(body).result().imported
+            told = next(event for event in events if isinstance(event, ModelsChanged))
+            assert [model.model_ref for model in told.models] == ["hf:org/m"]
+            one.client.pin_model(record.model_id, is_pinned=True)
+            told = next(event for event in events if isinstance(event, ModelsChanged))
+            assert told.models[0].is_pinned
+            spawned = one.spawn("hf:org/m", slots=1)
+            beat = next(e for e in events if isinstance(e, AgentBeat) and e.promised_mb)
+            run = state_dir.read(one.state.worker_file(spawned.worker_id), WorkerRunRecord)
+            assert run is not None and beat.promised_mb == {"cpu": run.estimated_host_mb}
+            one.client.send("DELETE", f"/v1/workers/{spawned.worker_id}?force=1")
+            next(e for e in events if isinstance(e, AgentBeat) and not e.promised_mb)
+            one.client.remove_model(record.model_id)
+            seen: list[AgentEvent] = []
+            while not seen or not isinstance(seen[-1], ModelsChanged):
+                seen.append(next(events))
+            assert seen[-1].models == []
+        with one.client.stream("GET", "/v1/events", needs_done=False) as stream:
+            again = msgspec.json.decode(next(iter(stream)).data, type=AgentEvent)
+        assert isinstance(again, AgentSnapshot) and again.models == []
 
 
 def test_a_snapshot_hands_over_the_tokens(one: AgentProcess, tmp_path: Path) -> None:

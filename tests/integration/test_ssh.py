@@ -15,8 +15,9 @@ import pytest
 from aiohttp import ClientError, ClientSession, UnixConnector
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import Connection, NodeAddress, SocketPath
+from arriero.fabrics.base import Connection, HostPort, NodeAddress, SocketPath
 from arriero.fabrics.ssh import SshFabric
+from arriero.fabrics.ssh_connection import is_open_to_others
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SeededEntropy
 from arriero.testing.sshd import SshServer, sshd_path
@@ -361,3 +362,37 @@ async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path
                 with pytest.raises(ClientError):
                     await client.get("http://node/")
             await connection.run(["true"], timeout_s=10)
+
+
+async def test_a_server_that_lets_no_port_be_opened_there(fabric: SshFabric, tmp_path: Path) -> None:
+    with SshServer(tmp_path / "local", more_config="AllowTcpForwarding local") as server:
+        async with connected(fabric, known(server)) as connection:
+            for end in (HostPort("127.0.0.1", 9), SocketPath(tmp_path / "socket")):
+                with pytest.raises(ArrieroError) as failed:
+                    await connection.expose(end)
+                assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
+                assert "could not be given a port" in failed.value.message
+                await connection.unexpose(end)
+            await connection.run(["true"], timeout_s=10)
+
+
+async def test_a_server_that_would_open_a_port_to_everybody(fabric: SshFabric, tmp_path: Path) -> None:
+    with SshServer(tmp_path / "gateway", more_config="GatewayPorts yes") as server:
+        async with connected(fabric, known(server)) as connection:
+            with pytest.raises(ArrieroError) as failed:
+                await connection.expose(SocketPath(tmp_path / "socket"))
+            assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
+            assert "GatewayPorts" in failed.value.message
+            port = int(failed.value.message.split()[1])
+            tables = await connection.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], timeout_s=10)
+            assert not is_open_to_others(tables.stdout, port)
+
+
+def test_what_is_open_to_others() -> None:
+    line = "   0: {} 00000000:0000 {} 00000000:00000000 00:00000000 00000000     0        0 1 1\n"
+    for address in ("00000000", "0A0A0A0A", "0" * 32):
+        assert is_open_to_others(line.format(f"{address}:1F90", "0A").encode(), 8080)
+    for address, state in (("0100007F", "0A"), ("0" * 24 + "01000000", "0A"), ("00000000", "01")):
+        assert not is_open_to_others(line.format(f"{address}:1F90", state).encode(), 8080)
+    assert not is_open_to_others(line.format("00000000:1F91", "0A").encode(), 8080)
+    assert not is_open_to_others(b"", 8080)

@@ -45,7 +45,6 @@ NODES = st.lists(
         backends=st.sampled_from([("cpu",), ("cpu", "cuda")]),
         devices=st.sampled_from([(CPU,), (CPU, GPU)]),
         ram_free_mb=st.integers(0, 16000),
-        has_model=st.booleans(),
     ),
     unique_by=lambda n: n.name,
 )
@@ -110,7 +109,7 @@ def test_a_refusal_of_a_node_tells_numbers_and_the_code_that_fits() -> None:
     small = NodeView("andes", NodeState.READY, ("cpu",), (CPU,), 2048)
     tight = choose_node([small], Wants("demo"), 5222)
     assert tight.code is ErrorCode.INSUFFICIENT_RAM
-    assert tight.message == "andes has 2.0 GiB free, the model has 5.1 GiB"
+    assert tight.message == "andes has 2.0 GiB free, the model needs 5.1 GiB"
     assert choose_node([], Wants("demo"), None).code is ErrorCode.NODE_UNREACHABLE
     assert choose_node([small], Wants("demo", node="x"), None).code is ErrorCode.NODE_NOT_FOUND
     assert choose_node([small], Wants("demo", backend="cuda"), None).code is ErrorCode.BACKEND_UNAVAILABLE

@@ -37,6 +37,7 @@ from arriero.contracts.records import ModelFile, ModelRecord
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.sqlite import Database, read_migrations
+from arriero.runtime.tasks import Changed
 
 __all__ = [
     "CARD_NAME",
@@ -80,6 +81,9 @@ class ModelCatalog:
         self.models_dir = models_dir
         #: What was found and put right: sentences, each in the log as well.
         self.notices: list[str] = []
+        #: How often the entries changed, and who waits for that; that a model was used is no change.
+        self.version = 0
+        self.changed = Changed()
 
     @classmethod
     async def open(
@@ -196,6 +200,7 @@ class ModelCatalog:
             lambda connection: rows.insert(connection, entry, formerly)
         )
         self._dropped.pop(entry.record.model_ref, None)
+        self._tell()
         for old in {entry.record.model_id: entry.record for entry in replaced}.values():
             self._waiting.pop(old.model_id, None)
             if old.model_id != entry.record.model_id and not old.is_external:
@@ -206,9 +211,11 @@ class ModelCatalog:
 
     async def add_new(self, entries: Sequence[CatalogEntry]) -> list[CatalogEntry]:
         """Enter verified models, all at once or none; return those whose reference and id were new."""
-        return await self._database.transaction(
+        new = await self._database.transaction(
             lambda connection: [entry for entry in entries if rows.insert_new(connection, entry)]
         )
+        self._tell()
+        return new
 
     async def publish(self, ready: Path, record: ModelRecord, files: Sequence[ModelFile]) -> CatalogEntry:
         """Give a folder of whole, verified files its final name, with its card, and enter it.
@@ -249,6 +256,7 @@ class ModelCatalog:
         await self._database.execute(
             "UPDATE models SET is_pinned = ? WHERE model_id = ?", (is_pinned, model_id)
         )
+        self._tell()
         entry = await self.by_id(model_id)
         await self.write_card(entry)
         return entry.record
@@ -297,6 +305,7 @@ class ModelCatalog:
                 await self._database.execute(
                     "UPDATE model_files SET modified_ns = 0 WHERE model_id = ?", (model_id,)
                 )
+                self._tell()
             raise
         return entry.record
 
@@ -312,6 +321,11 @@ class ModelCatalog:
 
     async def _forget(self, model_id: str) -> None:
         await self._database.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
+        self._tell()
+
+    def _tell(self) -> None:
+        self.version += 1
+        self.changed.notify()
 
     async def _if_present(self, entry: CatalogEntry) -> CatalogEntry | None:
         if await in_thread(lambda: claims.is_as_verified(entry, is_strict=True)):

@@ -43,12 +43,26 @@ class Feed:
                 reader.queue.append(event)
             reader.changed.notify()
 
-    async def read(self) -> AsyncGenerator[AgentEvent, None]:
-        """Yield a snapshot, then every change; ends only by being closed."""
+    def renew(self) -> None:
+        """Give every reader a snapshot next: more has changed than an event tells."""
+        for reader in self._readers:
+            reader.queue.clear()
+            reader.needs_snapshot = True
+            reader.changed.notify()
+
+    def wake(self) -> None:
+        """Let every reader look whether it may still read."""
+        for reader in self._readers:
+            reader.changed.notify()
+
+    async def read(self, check: Callable[[], None] | None = None) -> AsyncGenerator[AgentEvent, None]:
+        """Yield a snapshot, then every change; ends by being closed, or with what `check` raises."""
         reader = _Reader()
         self._readers.add(reader)
         try:
             while True:
+                if check is not None:
+                    check()
                 if reader.needs_snapshot:
                     # Taken without an await in between: what follows in the queue is newer.
                     reader.needs_snapshot = False

@@ -146,7 +146,7 @@ async def _models_of(http: Http, peer: PeerSource) -> list[ModelRecord]:
     if peer.token:
         headers["Authorization"] = f"Bearer {peer.token}"
     url = f"{peer.url.rstrip('/')}/v1/models"
-    async with http.session.get(url, headers=headers, allow_redirects=False) as response:
+    async with http.session().get(url, headers=headers, allow_redirects=False) as response:
         if response.status != 200:
             raise _Silent(f"answered with status {response.status}")
         content = bytearray()

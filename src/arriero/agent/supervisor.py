@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hmac
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from arriero.agent.held import Held, callback_token, slots_free, with_url
+from arriero.agent.lease import NodeLease
 from arriero.agent.worker_watch import WatchLimits, WorkerWatch
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import WorkerExit, WorkerHealth, WorkerRecord, WorkerRunRecord
@@ -60,7 +62,7 @@ class Counts:
 
 
 class Supervisor:
-    """Holds all workers of one agent.  Its tasks live in `group`; `lease` names this agent."""
+    """Holds all workers of one agent.  Its tasks live in `group`; `name` tells this agent from others."""
 
     def __init__(
         self,
@@ -71,13 +73,15 @@ class Supervisor:
         http: Http,
         group: asyncio.TaskGroup,
         clock: Clock,
-        lease: str,
+        name: str,
+        lease: NodeLease,
     ) -> None:
         self._settings = settings
         self._state = state
         self._http = http
         self._group = group
         self._clock = clock
+        self._name = name
         self._lease = lease
         self._log = logs.get("arriero.agent.supervisor")
         self._held: dict[str, Held] = {}
@@ -208,10 +212,25 @@ class Supervisor:
         open_ended = [held for held in self._held.values() if not held.ended.is_set()]
         for held in open_ended:
             self.stop(held.worker_id, reason=reason)
+        await self.wait_ended(open_ended)
+
+    def stop_bound(self, is_gone: Callable[[str], bool]) -> list[Held]:
+        """Begin to stop the workers whose orchestrator has gone, by its id, and return them."""
+        found = [
+            held
+            for held in self._held.values()
+            if held.run.bound_to and not held.ended.is_set() and is_gone(held.run.bound_to)
+        ]
+        for held in found:
+            self.stop(held.worker_id, reason="the orchestrator that it was bound to has gone")
+        return found
+
+    async def wait_ended(self, helds: Sequence[Held]) -> None:
+        """Wait until workers that are being stopped are gone, at most as long as that may take."""
         limit_s = self._settings.stop_grace_s + processes.KILLED_WAIT_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                for held in open_ended:
+                for held in helds:
                     await held.ended.wait()
 
     async def _stop(self, held: Held) -> None:
@@ -262,16 +281,22 @@ class Supervisor:
             message = f"the worker's process did not call back within {limit_s:g} s"
             self._condemn(held, ErrorCode.WORKER_READY_TIMEOUT, message)
             return
-        await WorkerWatch(
+        url = self.registry.get(held.worker_id).url
+        watch = WorkerWatch(
             http=self._http,
-            url=self.registry.get(held.worker_id).url,
+            url=url,
             token=held.token,
-            lease=self._lease,
+            lease=self._name,
             clock=self._clock,
             limits=WatchLimits(self._settings.health_interval_s, self._settings.health_failures_max),
             on_health=lambda health: self._heard(held, health),
             on_unhealthy=lambda error: self._unhealthy(held, error),
-        ).run()
+        )
+        async with asyncio.TaskGroup() as group:
+            telling = self._lease.keep_told(held.worker_id, self._http.peer(url, held.token))
+            fencing = group.create_task(telling, name=f"fence-{held.worker_id}")
+            await watch.run()
+            fencing.cancel()
 
     def _unhealthy(self, held: Held, error: ArrieroError) -> None:
         if held.stop_reason is not None:

@@ -4,6 +4,7 @@ Held by the agent for its machine and by the orchestrator for the pool.  Pure: w
 tells it what was seen, and reads from it what is so.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +21,14 @@ class WorkerRegistry:
 
     def __init__(self, on_change: Callable[[WorkerRecord | None, WorkerRecord], None] | None = None) -> None:
         self._records: dict[str, WorkerRecord] = {}
+        # Ids by start, so that nothing is sorted to be read; and by what they are looked up by.
+        self._order: list[tuple[float, str]] = []
+        self._by_model: dict[str, set[str]] = {}
+        self._by_node: dict[str, set[str]] = {}
         self._on_change = on_change
 
     def __iter__(self) -> Iterator[WorkerRecord]:
-        return iter(sorted(self._records.values(), key=lambda r: (r.started_unix, r.worker_id)))
+        return iter([self._records[worker_id] for _, worker_id in self._order])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -40,7 +45,7 @@ class WorkerRegistry:
                 worker_id=record.worker_id,
                 state=str(self._records[record.worker_id].state),
             )
-        self._records[record.worker_id] = record
+        self._keep(None, record)
         self._tell(None, record)
 
     def get(self, worker_id: str) -> WorkerRecord:
@@ -65,7 +70,7 @@ class WorkerRegistry:
             WORKERS.check(before.state, state)
         after = msgspec.structs.replace(before, **changes)
         if after != before:
-            self._records[worker_id] = after
+            self._keep(before, after)
             self._tell(before, after)
         return after
 
@@ -84,20 +89,26 @@ class WorkerRegistry:
             before = msgspec.structs.replace(before, state=state)
         old = self._records[record.worker_id]
         if record != old:
-            self._records[record.worker_id] = record
+            self._keep(old, record)
             self._tell(old, record)
 
     def remove(self, worker_id: str) -> WorkerRecord | None:
         """Forget a worker; None if it was not known."""
-        return self._records.pop(worker_id, None)
+        record = self._records.pop(worker_id, None)
+        if record is not None:
+            self._unlist(record)
+        return record
 
     def select(self, *, model_ref: str | None = None, node: str | None = None) -> list[WorkerRecord]:
         """Return the workers of a model and a node, by start."""
-        return [
-            record
-            for record in self
-            if (model_ref is None or record.model_ref == model_ref) and (node is None or record.node == node)
-        ]
+        if model_ref is None and node is None:
+            return list(self)
+        found = self._by_model.get(model_ref, set()) if model_ref is not None else None
+        if node is not None:
+            here = self._by_node.get(node, set())
+            found = here if found is None else found & here
+        records = [self._records[worker_id] for worker_id in found or ()]
+        return sorted(records, key=_by_start)
 
     def live(self) -> list[WorkerRecord]:
         """Return the workers whose state is not final."""
@@ -107,9 +118,34 @@ class WorkerRegistry:
         """Return the workers that take requests."""
         return [record for record in self if record.state in READY]
 
+    def _keep(self, before: WorkerRecord | None, after: WorkerRecord) -> None:
+        self._records[after.worker_id] = after
+        if before is not None:
+            if _place(before) == _place(after):
+                return
+            self._unlist(before)
+        insort(self._order, _by_start(after))
+        self._by_model.setdefault(after.model_ref, set()).add(after.worker_id)
+        self._by_node.setdefault(after.node, set()).add(after.worker_id)
+
+    def _unlist(self, record: WorkerRecord) -> None:
+        del self._order[bisect_left(self._order, _by_start(record))]
+        for index, key in ((self._by_model, record.model_ref), (self._by_node, record.node)):
+            index[key].discard(record.worker_id)
+            if not index[key]:
+                del index[key]
+
     def _tell(self, before: WorkerRecord | None, after: WorkerRecord) -> None:
         if self._on_change is not None:
             self._on_change(before, after)
+
+
+def _by_start(record: WorkerRecord) -> tuple[float, str]:
+    return record.started_unix, record.worker_id
+
+
+def _place(record: WorkerRecord) -> tuple[float, str, str]:
+    return record.started_unix, record.model_ref, record.node
 
 
 def _way(start: WorkerState, goal: WorkerState) -> list[WorkerState]:

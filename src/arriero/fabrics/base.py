@@ -210,6 +210,18 @@ class Connection(Protocol):
         """Close a port's local end; connections that are open stay.  Safe to call twice."""
         ...
 
+    async def expose(self, end: LocalEnd) -> int:
+        """Return a loopback port *there* that leads to `end` here; the same one each time it is asked for.
+
+        Every user of that machine can reach it: what answers at `end` must ask who they are.  Raises
+        SSH_COMMAND_FAILED if the machine does not allow it.
+        """
+        ...
+
+    async def unexpose(self, end: LocalEnd) -> None:
+        """Close an end's port there; connections that are open stay.  Safe to call twice."""
+        ...
+
     async def closed(self) -> str:
         """Wait until the connection is gone; return why."""
         ...

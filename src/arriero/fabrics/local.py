@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, Connection, HostPort, NodeAddress
+from arriero.fabrics.base import (
+    OUTPUT_BYTES_MAX,
+    Completed,
+    Connection,
+    HostPort,
+    LocalEnd,
+    NodeAddress,
+    SocketPath,
+)
 from arriero.fabrics.outcome import Kept, checked, not_ended
 from arriero.fabrics.quoting import check
+from arriero.fabrics.splice import Splices
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.processes import exit_code_of, signal_group
 
@@ -41,6 +50,7 @@ class LocalConnection:
         self._entropy = entropy
         self._home = home
         self._is_closed = asyncio.Event()
+        self._splices = Splices()
 
     async def run(
         self,
@@ -141,6 +151,16 @@ class LocalConnection:
     async def unforward(self, remote_port: int) -> None:
         """Do nothing: there is no end of ours."""
 
+    async def expose(self, end: LocalEnd) -> int:
+        """Return the port itself, or one that leads to the unix socket."""
+        self._check_open()
+        return end.port if isinstance(end, HostPort) else await self._splices.port(end.path)
+
+    async def unexpose(self, end: LocalEnd) -> None:
+        """Close a unix socket's port, see `Connection.unexpose`."""
+        if isinstance(end, SocketPath):
+            self._splices.shut(end.path)
+
     async def closed(self) -> str:
         """Wait until `aclose`: this machine does not go away."""
         await self._is_closed.wait()
@@ -149,6 +169,7 @@ class LocalConnection:
     async def aclose(self) -> None:
         """End the connection.  Safe to call twice."""
         self._is_closed.set()
+        await self._splices.aclose()
 
     def _check_open(self) -> None:
         if self._is_closed.is_set():

@@ -13,7 +13,7 @@ from typing import Final, cast
 import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, SocketPath
+from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, LocalEnd, SocketPath
 from arriero.fabrics.outcome import Kept, checked, not_ended
 from arriero.fabrics.quoting import PID_MARK, command_line
 from arriero.runtime.entropy import Entropy
@@ -35,6 +35,15 @@ PID_LINE_BYTES_MAX: Final = 64
 _PID_LINE: Final = re.compile(rb"%s([0-9]{1,19})\n" % PID_MARK.encode())
 #: A file transfer may take any time, but no step of it this long.
 STALL_S: Final = 30.0
+LOOK_TIMEOUT_S: Final = 10.0
+#: As /proc/net/tcp and tcp6 write 127.0.0.1, ::1 and ::ffff:127.0.0.1 (on machines of either byte order).
+_LOOPBACKS: Final = frozenset(
+    {
+        b"0100007F", b"7F000001",
+        b"00000000000000000000000001000000", b"00000000000000000000000000000001",
+        b"0000000000000000FFFF00000100007F", b"00000000000000000000FFFF7F000001",
+    }
+)  # fmt: skip
 CLOSE_TIMEOUT_S: Final = 2.0
 #: A disk that failed a write and has less room than this is full.
 FULL_BYTES: Final = 1024 * 1024
@@ -95,6 +104,7 @@ class SshConnection:
         self._sockets_dir = sockets_dir
         self._own_dir: Path | None = None
         self._ends: dict[int, tuple[SocketPath, asyncssh.SSHListener]] = {}
+        self._exposed: dict[LocalEnd, asyncssh.SSHListener] = {}
         self._forwarding = asyncio.Lock()
         self._sessions = asyncio.Semaphore(SESSIONS_MAX)
 
@@ -223,6 +233,56 @@ class SshConnection:
             listener.close()
             end.path.unlink(missing_ok=True)
 
+    async def expose(self, end: LocalEnd) -> int:
+        """Return a loopback port there that leads to `end`, see `Connection.expose`."""
+        async with self._forwarding:
+            known = self._exposed.get(end)
+            if known is not None:
+                return known.get_port()
+            if self._gone.is_told:
+                raise self._lost()
+            here = end.path if isinstance(end, SocketPath) else f"{end.host}:{end.port}"
+            with self._told(f"{here} could not be given a port"):
+                async with asyncio.timeout(STALL_S):
+                    listener = await self._listen_there(end)
+            self._exposed[end] = listener
+        try:
+            await self._check_loopback(listener.get_port())
+        except BaseException:
+            await self.unexpose(end)
+            raise
+        return listener.get_port()
+
+    async def _check_loopback(self, port: int) -> None:
+        """Know that a port there is open to that machine alone.
+
+        A server with `GatewayPorts yes` listens on all addresses, whatever it is asked for.
+        """
+        tables = await self.run(
+            ["cat", "/proc/net/tcp", "/proc/net/tcp6"], timeout_s=LOOK_TIMEOUT_S, may_fail=True
+        )
+        if is_open_to_others(tables.stdout, port):
+            raise ArrieroError(
+                ErrorCode.SSH_COMMAND_FAILED,
+                f"port {port} on {self._name} would be open to other machines: its sshd has GatewayPorts yes",
+                suggested_action="set 'GatewayPorts no' in its sshd_config, or 'clientspecified'",
+            )
+
+    async def _listen_there(self, end: LocalEnd) -> asyncssh.SSHListener:
+        if isinstance(end, SocketPath):
+            return await self._connection.forward_remote_port_to_path("127.0.0.1", 0, str(end.path))
+        return await self._connection.forward_remote_port("127.0.0.1", 0, end.host, end.port)
+
+    async def unexpose(self, end: LocalEnd) -> None:
+        """Close an end's port there; connections that are open stay.  Safe to call twice."""
+        listener = self._exposed.pop(end, None)
+        if listener is not None and not self._gone.is_told:
+            listener.close()
+            # The machine's word that it is closed; one that is gone has closed it.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await listener.wait_closed()
+
     # --- The end -------------------------------------------------------------------------
 
     async def closed(self) -> str:
@@ -249,6 +309,8 @@ class SshConnection:
         for listener in listeners:
             listener.close()
         self._ends.clear()
+        # Ports there end with the connection.
+        self._exposed.clear()
         if self._own_dir is not None:
             shutil.rmtree(self._own_dir, ignore_errors=True)
             self._own_dir = None
@@ -279,7 +341,8 @@ class SshConnection:
             raise ArrieroError(
                 ErrorCode.NODE_UNREACHABLE, f"{what} on {self._name}: no answer for {STALL_S:g} s"
             ) from error
-        except (asyncssh.Error, ConnectionError) as error:
+        # A port that is refused is no error of the library's kind.
+        except (asyncssh.Error, asyncssh.ChannelListenError, ConnectionError) as error:
             is_lost = isinstance(error, asyncssh.DisconnectError | ConnectionError)
             if is_lost or self._gone.is_told or isinstance(error, asyncssh.SFTPConnectionLost):
                 raise self._lost() from error
@@ -343,6 +406,20 @@ class _Command:
         with contextlib.suppress(asyncssh.Error, OSError):
             while chunk := await self.process.stderr.read(65_536):
                 self._stderr.feed(chunk)
+
+
+def is_open_to_others(tables: bytes, port: int) -> bool:
+    """Return whether something listens on `port` beyond loopback, by the content of /proc/net/tcp and tcp6.
+
+    Where there are no such tables (macOS) the answer is no: its sshd is as its owner set it.
+    """
+    for line in tables.splitlines():
+        fields = line.split()
+        if len(fields) > 3 and fields[3] == b"0A":
+            address, _, number = fields[1].rpartition(b":")
+            if number == b"%04X" % port and address not in _LOOPBACKS:
+                return True
+    return False
 
 
 async def _pieces(content: bytes | Path) -> AsyncGenerator[bytes, None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 from typing import Final, cast
@@ -9,10 +10,18 @@ from typing import Final, cast
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
+from arriero.fabrics.base import Fabric, NodeAddress
+from arriero.fabrics.local import LocalFabric
+from arriero.fabrics.ssh import SshFabric
+from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.core import Orchestrator, assemble
+from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.reach import LocalReach
 from arriero.orchestrator.routes.management import handlers
 from arriero.orchestrator.routes.streams import Front
-from arriero.orchestrator.store import TaskStore
+from arriero.orchestrator.store import open_database
+from arriero.orchestrator.store.nodes import NodeStore
+from arriero.orchestrator.store.tasks import TaskStore
 from arriero.runtime import daemon, logs, processes, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
 from arriero.runtime.clock import Clock, SystemClock
@@ -23,6 +32,8 @@ from arriero.runtime.serve import bind, serve, url_of
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir, run_identity
 
+#: The local fabric reaches this machine whatever the address says.
+HERE: Final = NodeAddress("localhost")
 ROLE: Final = "orchestrator"
 #: After the grace time streams are told to end; so long they have to say so to their clients.
 LAST_WORDS_S: Final = 2.0
@@ -31,58 +42,101 @@ AGENT_EXTRA_S: Final = 15.0
 _IDLE_CHECKS: Final = 20
 
 
-def main(settings: Settings, *, is_background: bool = False, cascades: bool = False) -> int:
+def main(
+    settings: Settings,
+    *,
+    is_background: bool = False,
+    leaving: Leaving | None = None,
+    fabric: Fabric | None = None,
+) -> int:
     """Run the orchestrator until SIGTERM or SIGINT; return its exit code.
 
-    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
-    end it also ends the local agent, and with it the workers, and waits for them.
+    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `leaving`: what goes
+    along at its end, and is waited for.  `fabric`: how other machines are reached, by SSH if none is given.
     Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE before it serves.
     """
     logs.configure(level=settings.log_level, role=ROLE)
     folder = StateDir(settings.home_path())
     folder.prepare()
+    leaving = leaving or Leaving()
     with folder.lock(ROLE):
         sock = bind(settings.orchestrator_host, settings.orchestrator_port)
         try:
-            daemon.run(lambda stop: _run(settings, folder, sock, stop, is_background=is_background))
+            daemon.run(
+                lambda stop: _run(
+                    settings, folder, sock, stop, leaving, is_background=is_background, fabric=fabric
+                )
+            )
         finally:
             sock.close()
-            if cascades:
+            if leaving.cascades or leaving.takes_agent:
                 _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
     return 0
 
 
 async def _run(
-    settings: Settings, folder: StateDir, sock: socket.socket, stop: asyncio.Event, *, is_background: bool
+    settings: Settings,
+    folder: StateDir,
+    sock: socket.socket,
+    stop: asyncio.Event,
+    leaving: Leaving,
+    *,
+    is_background: bool,
+    fabric: Fabric | None,
 ) -> None:
     log = logs.get("arriero.orchestrator")
-    clock = SystemClock()
-    store = await TaskStore.open(folder.orchestrator_db)
-    if store.set_aside_as is not None:
-        log.error("the database was damaged and begins anew", set_aside_as=store.set_aside_as)
+    clock, entropy = SystemClock(), SystemEntropy()
+    sockets_dir = state_dir.orchestrator_dir(folder.home)
+    # What one that was killed has left: nobody else runs with this state folder.
+    shutil.rmtree(sockets_dir, ignore_errors=True)
+    sockets_dir.mkdir(mode=0o700)
+    database = await open_database(folder.orchestrator_db)
+    if database.set_aside_as is not None:
+        log.error("the database was damaged and begins anew", set_aside_as=database.set_aside_as)
     try:
         async with (
             Http(connect_timeout_s=settings.connect_timeout_s) as http,
             asyncio.TaskGroup() as group,
         ):
+            node_store = await NodeStore.open(database, entropy)
+            if fabric is None:
+                fabric = SshFabric(
+                    clock,
+                    entropy,
+                    sockets_dir=sockets_dir,
+                    connect_timeout_s=settings.connect_timeout_s,
+                )
             orchestrator = assemble(
                 settings,
-                state_dir=folder,
                 http=http,
-                store=store,
+                store=TaskStore(database),
+                node_store=node_store,
+                fabric=fabric,
+                machines=Machines(folder.home / "dist", clock),
                 group=group,
                 stop=stop,
                 clock=clock,
-                entropy=SystemEntropy(),
+                entropy=entropy,
             )
+            local = LocalReach(folder, http, node_store, await LocalFabric(entropy).connect(HERE))
+            orchestrator.provisioner.binds_workers = leaving.takes_workers
+            await orchestrator.membership.begin(local)
             await _serve(orchestrator, folder, sock, group, is_background=is_background)
+            await leave(
+                leaving,
+                orchestrator.registry,
+                orchestrator.membership,
+                grace_s=settings.stop_grace_s,
+                clock=clock,
+            )
             # Jobs that go on without anybody waiting end here, with their tasks.
             raise _Ended
     except* _Ended:
         pass
     finally:
         folder.run_file(ROLE).unlink(missing_ok=True)
-        await store.close()
+        shutil.rmtree(sockets_dir, ignore_errors=True)
+        await database.close()
     log.info("ended")
 
 
@@ -102,7 +156,6 @@ async def _serve(
         logs.get("arriero.orchestrator").info("listening", url=url, pid=os.getpid())
         await o.tasks.resume()
 
-    group.create_task(o.link.run(), name="agent-link")
     group.create_task(_end_in_time(o, settings.stop_grace_s), name="end-in-time")
     if is_background and settings.orchestrator_idle_s > 0:
         group.create_task(_leave_when_idle(o, o.clock, settings.orchestrator_idle_s), name="leave-when-idle")

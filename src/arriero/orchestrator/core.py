@@ -5,26 +5,33 @@ from dataclasses import dataclass
 
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.events import PoolSnapshot
-from arriero.domain.placement import NodeChoice, Wants, WorkerChoice
+from arriero.contracts.placements import PlacementExplained
+from arriero.domain.placement import Wants
+from arriero.fabrics.base import Fabric
+from arriero.orchestrator.adding import Adding, Underway
 from arriero.orchestrator.courier import Counters, Courier
 from arriero.orchestrator.exchange import Exchanges
+from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
-from arriero.orchestrator.links import AgentLink
+from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.provisioning import ModelProvisioner
 from arriero.orchestrator.proxy import Proxy
 from arriero.orchestrator.relay import Relay
+from arriero.orchestrator.room import RoomFinder
 from arriero.orchestrator.scheduler import Scheduler
-from arriero.orchestrator.store import TaskStore
+from arriero.orchestrator.store.nodes import NodeStore
+from arriero.orchestrator.store.tasks import TaskStore
 from arriero.orchestrator.task_run import TaskRunner
 from arriero.orchestrator.tasks import TaskRegistry
+from arriero.orchestrator.upkeep import Upkeep
 from arriero.orchestrator.upstream import Upstreams
 from arriero.runtime.asgi import BEAT_S
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
 from arriero.runtime.settings import Settings
-from arriero.runtime.state_dir import StateDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,9 @@ class Orchestrator:
     stop: asyncio.Event
     feed: Feed
     registry: NodeRegistry
-    link: AgentLink
+    membership: Membership
+    adding: Adding
+    upkeep: Upkeep
     upstreams: Upstreams
     provisioner: ModelProvisioner
     scheduler: Scheduler
@@ -62,14 +71,15 @@ class Orchestrator:
             tasks=self.tasks.open_records(),
         )
 
-    async def explain(self, wants: Wants) -> tuple[WorkerChoice, NodeChoice | None]:
-        """Return where a request would go: the worker, else the node for a new one."""
-        worker = self.scheduler.choose(wants)
-        return worker, None if worker.worker_id is not None else await self.provisioner.choose(wants)
+    def explain(self, wants: Wants) -> PlacementExplained:
+        """Return where a request would go now, and why nowhere else."""
+        return explain(self.registry.views, self.provisioner.room, wants)
 
-    async def choose_node(self, wants: Wants) -> Node:
-        """Return the node for something new.  Raises why there is none."""
-        choice = await self.provisioner.choose(wants)
+    def node_for_download(self, wants: Wants) -> Node:
+        """Return the node that a model is to be fetched to.  Raises why there is none."""
+        if wants.node is not None:
+            return self.registry.reachable(wants.node)
+        choice = self.provisioner.room.choose_disk(wants)
         if choice.code is not None:
             fail(choice.code, choice.message)
         return self.registry.reachable(choice.node or "")
@@ -85,9 +95,11 @@ class Orchestrator:
 def assemble(
     settings: Settings,
     *,
-    state_dir: StateDir,
     http: Http,
     store: TaskStore,
+    node_store: NodeStore,
+    fabric: Fabric,
+    machines: Machines,
     group: asyncio.TaskGroup,
     stop: asyncio.Event,
     clock: Clock,
@@ -95,23 +107,29 @@ def assemble(
 ) -> Orchestrator:
     """Return an orchestrator whose parts know each other; nothing runs yet."""
     feed = Feed()
-    registry = NodeRegistry(clock, feed)
-    link = AgentLink(registry, state_dir, http, clock, entropy, node_timeout_s=settings.node_timeout_s)
+    registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
+    membership = Membership(
+        registry, node_store, fabric, http, group, clock, entropy,
+        node_timeout_s=settings.node_timeout_s, machines=machines,
+    )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
-    provisioner = ModelProvisioner(registry, group, clock)
+    provisioner = ModelProvisioner(registry, RoomFinder(registry, clock, settings), group, clock)
     scheduler = Scheduler(registry, provisioner, clock, beat_s=BEAT_S, join_s=settings.node_timeout_s)
     exchanges = Exchanges(clock)
     counters = Counters()
     stall_s = settings.stream_stall_s
     runner = TaskRunner(registry, scheduler, courier, counters, clock, stall_s=stall_s)
+    underway = Underway()
     return Orchestrator(
         settings=settings,
         clock=clock,
         stop=stop,
         feed=feed,
         registry=registry,
-        link=link,
+        membership=membership,
+        adding=Adding(registry, membership, node_store, machines, fabric, http, group, clock, underway),
+        upkeep=Upkeep(registry, membership, node_store, machines, scheduler, fabric, http, clock, underway),
         upstreams=upstreams,
         provisioner=provisioner,
         scheduler=scheduler,

@@ -1,99 +1,177 @@
-"""How is an agent found, held, and found again?
+"""How is an agent held, and found again when it, its machine or the way to it was gone?
 
-The local agent is found by its run file; a new one with the same state folder takes its place.
-Its event stream is held open: as long as beats come the node is there.
+Its event stream is held open: as long as beats come the node is there.  One `NodeLink` a node.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.contracts.events import AgentEvent, AgentSnapshot
-from arriero.contracts.records import RunRecord
-from arriero.contracts.version import API_VERSION
+from arriero.contracts.events import AgentEvent, AgentSnapshot, WorkerChanged
+from arriero.contracts.records import RunRecord, WorkerRecord
+from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain import backoff
+from arriero.domain.worker_states import WORKERS
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.upstream import Address
+from arriero.orchestrator.reach import Line, Reach
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
-from arriero.runtime.http import Http
-from arriero.runtime.state_dir import StateDir
 
 LOOK_EVERY_S: Final = 0.1
-RETRY_S_MAX: Final = 2.0
+RETRY_S_MAX: Final = 1.0
+#: An agent that is gone from a machine that is there gets so long to come back by itself.
+AGENT_BACK_S: Final = 10.0
 _EVENTS: Final = msgspec.json.Decoder(AgentEvent)
+#: Trying again soon does not help: a person has to do something.
+_LASTING: Final = frozenset(
+    {
+        ErrorCode.VERSION_MISMATCH,
+        ErrorCode.SSH_AUTH_FAILED,
+        ErrorCode.SSH_KEY_UNUSABLE,
+        ErrorCode.SSH_HOST_KEY_CHANGED,
+        ErrorCode.SSH_HOST_KEY_UNKNOWN,
+        ErrorCode.LEASE_SUPERSEDED,
+    }
+)
+LASTING_RETRY_S: Final = 5.0
+
+#: Has the agent on a node's machine started; raises what keeps it from it.
+Revive = Callable[[Line], Awaitable[None]]
 
 
-class AgentLink:
-    """Holds the local agent's events; `run` never ends by itself."""
+class NodeLink:
+    """Holds one node's agent; `run` never ends by itself.
+
+    `name`: the node's, where it is known before its agent has told it.  `revive` starts an agent that
+    does not come back by itself.
+    """
 
     def __init__(
         self,
         registry: NodeRegistry,
-        state_dir: StateDir,
-        http: Http,
+        reach: Reach,
         clock: Clock,
         entropy: Entropy,
         *,
         node_timeout_s: float,
+        name: str | None = None,
+        revive: Revive | None = None,
     ) -> None:
         self._registry = registry
-        self._state_dir = state_dir
-        self._http = http
+        self._reach = reach
         self._clock = clock
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
+        self._name = name
+        self._revive = revive
         self._log = logs.get("arriero.nodes")
-        self._node: Node | None = None
-        self._last_heard_s = 0.0
+        self._node: Node | None = registry.find(name) if name is not None else None
+        self._last_heard_s = clock.monotonic_s()
+        self._error: ArrieroError | None = None
 
     async def run(self) -> None:
         """Find the agent and hold it, again and again."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._hold_forever(), name="agent-link")
-            group.create_task(self._watch_silence(), name="agent-silence")
+            group.create_task(self._hold_forever(), name=f"hold-{self._name or 'local'}")
+            group.create_task(self._watch_silence(), name=f"silence-{self._name or 'local'}")
 
     async def _hold_forever(self) -> None:
         attempt = 0
         told = ""
-        while True:
-            record = self._state_dir.running("agent")
-            if record is None:
-                attempt = 0
-                await self._clock.sleep_s(LOOK_EVERY_S)
-                continue
-            started_s = self._clock.monotonic_s()
-            try:
-                await self._hold(record)
-                why = "the stream ended"
-            except ArrieroError as error:
-                why = error.message
-            if self._last_heard_s >= started_s:
-                attempt = 0
-            attempt += 1
-            if why != told:
-                self._log.warning("agent not held", why=why, pid=record.pid)
-                told = why
-            delay_s = backoff.delay_s(attempt, self._entropy.chance(), cap_s=RETRY_S_MAX)
-            await self._clock.sleep_s(max(delay_s, 0.02))
+        try:
+            while True:
+                started_s = self._clock.monotonic_s()
+                try:
+                    await self._hold_once()
+                    error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
+                except ArrieroError as caught:
+                    error = caught
+                if error.code is ErrorCode.NOT_RUNNING and self._name is None:
+                    # Nobody ever said that this machine has one.
+                    attempt = 0
+                    await self._clock.sleep_s(LOOK_EVERY_S)
+                    continue
+                self._error = error
+                if error.code is ErrorCode.LEASE_SUPERSEDED:
+                    await self._reach.drop(above=int(error.details.get("number", 0)))
+                attempt = 1 if self._last_heard_s > started_s else attempt + 1
+                if error.message != told:
+                    self._log.warning(
+                        "agent not held", node=self._name, code=str(error.code), why=error.message
+                    )
+                    told = error.message
+                if error.code in _LASTING and self._node is not None:
+                    self._registry.unreachable(self._node, error)
+                    await self._clock.sleep_s(LASTING_RETRY_S)
+                    continue
+                delay_s = backoff.delay_s(attempt, self._entropy.chance(), cap_s=RETRY_S_MAX)
+                await self._clock.sleep_s(max(delay_s, 0.02))
+        finally:
+            await self._reach.drop()
 
-    async def _hold(self, record: RunRecord) -> None:
+    async def _hold_once(self) -> None:
+        line = await self._reach.line()
+        async with asyncio.TaskGroup() as group:
+            # What is lost on the way is noticed there before the agent's silence tells.
+            watch = group.create_task(self._drop_when_closed(line), name="line-closed")
+            try:
+                await self._find_and_hold(line)
+            except ArrieroError as error:
+                failed: ArrieroError | None = error
+            else:
+                failed = None
+            # A line that was gone before we began fails at once: the watch has to begin to see it.
+            await asyncio.sleep(0)
+            if not line.is_gone:
+                watch.cancel()
+        if failed is not None:
+            raise failed
+
+    async def _drop_when_closed(self, line: Line) -> None:
+        why = await line.connection.closed()
+        self._log.info("connection gone", node=self._name, why=why)
+        await self._reach.drop()
+
+    async def _find_and_hold(self, line: Line) -> None:
+        """Hold the agent over one line; one that is gone may come back, and is started again if not."""
+        gone_since_s = self._clock.monotonic_s()
+        while True:
+            try:
+                record = await self._reach.agent(line)
+                await self._hold(line, record)
+                return
+            except ArrieroError as error:
+                is_agent_gone = error.code in (ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE)
+                is_way_gone = line.is_gone or self._last_heard_s > gone_since_s
+                if not is_agent_gone or self._revive is None or is_way_gone:
+                    raise
+                self._error = error
+                if self._clock.monotonic_s() - gone_since_s >= AGENT_BACK_S:
+                    await self._revive(line)
+                    gone_since_s = self._clock.monotonic_s()
+            await self._clock.sleep_s(LOOK_EVERY_S)
+
+    async def _hold(self, line: Line, record: RunRecord) -> None:
         """Read one agent's events to their end.  Raises NODE_UNREACHABLE, VERSION_MISMATCH…"""
-        peer = self._http.peer(record.url, record.token)
+        await line.open(record.url)
         node: Node | None = None
-        events = peer.events("/v1/events", silence_s=self._node_timeout_s)
+        events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._node_timeout_s)
         try:
             async for event in events:
                 if event.comment is None and event.data:
-                    node = self._take(event.data, node, record)
+                    node = await self._take(event.data, node, line, record)
                 self._last_heard_s = self._clock.monotonic_s()
         finally:
             await events.aclose()
+            with contextlib.suppress(ArrieroError):
+                await line.shut(record.url)
 
-    def _take(self, data: str, node: Node | None, record: RunRecord) -> Node:
+    async def _take(self, data: str, node: Node | None, line: Line, record: RunRecord) -> Node:
         try:
             event = _EVENTS.decode(data)
         except msgspec.DecodeError as error:
@@ -101,26 +179,54 @@ class AgentLink:
                 ErrorCode.VERSION_MISMATCH, f"the agent sent an event that is none of ours: {error}"
             ) from error
         if isinstance(event, AgentSnapshot):
-            if event.capabilities.api_version != API_VERSION:
-                raise ArrieroError(
-                    ErrorCode.VERSION_MISMATCH,
-                    f"the agent speaks version {event.capabilities.api_version}, we speak {API_VERSION}",
-                )
-            peer = self._http.peer(record.url, record.token)
-            node = self._registry.joined(event, peer, Address.of(record.url, record.token))
-            if self._node is not None and self._node is not node:
-                self._registry.unreachable(self._node, f"its agent is called {node.name} now")
-            self._node = node
-        elif node is None:
+            return await self._joined(event, line, record)
+        if node is None:
             raise ArrieroError(ErrorCode.VERSION_MISMATCH, "the agent's events did not begin with a snapshot")
-        else:
-            self._registry.heard(node, event)
+        if isinstance(event, WorkerChanged):
+            await self._lead(line, event.worker)
+        self._registry.heard(node, event)
         return node
+
+    async def _joined(self, snapshot: AgentSnapshot, line: Line, record: RunRecord) -> Node:
+        has = snapshot.capabilities
+        if has.api_version != API_VERSION or has.version != __version__:
+            name = self._name or has.name
+            raise ArrieroError(
+                ErrorCode.VERSION_MISMATCH,
+                f"the agent of {name} is arriero {has.version}, the orchestrator is {__version__}",
+                node=name,
+                agent_version=has.version,
+                orchestrator_version=__version__,
+                suggested_action=f"arriero nodes upgrade {name}"
+                if self._name is not None
+                else "restart the agent: `arriero down`, then `arriero up`",
+            )
+        for worker in snapshot.workers:
+            await self._lead(line, worker)
+        node = self._registry.joined(snapshot, line, record, name=self._name)
+        if self._node is not None and self._node is not node:
+            why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
+            self._registry.unreachable(self._node, why)
+        self._node = node
+        self._error = None
+        return node
+
+    async def _lead(self, line: Line, worker: WorkerRecord) -> None:
+        """Have a local end that leads to a live worker, none to one that is gone."""
+        if not worker.url:
+            return
+        if worker.state in WORKERS.final:
+            await line.shut(worker.url)
+        else:
+            await line.open(worker.url)
 
     async def _watch_silence(self) -> None:
         while True:
             silence_s = self._clock.monotonic_s() - self._last_heard_s
             if self._node is not None and silence_s >= self._node_timeout_s:
-                self._registry.unreachable(self._node, f"silent for {self._node_timeout_s:g} s")
+                silent = ArrieroError(
+                    ErrorCode.NODE_UNREACHABLE, f"silent for {self._node_timeout_s:g} s", node=self._node.name
+                )
+                self._registry.unreachable(self._node, self._error or silent)
             due_s = self._node_timeout_s - silence_s
             await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._node_timeout_s))

@@ -1,7 +1,7 @@
 """What does the orchestrator know of its nodes and their workers?  (`NodeRegistry`)
 
-All of it comes from the agents' event streams and is rebuilt from their snapshots: the
-orchestrator keeps nothing of it on disk.
+What lives comes from the agents' event streams and is rebuilt from their snapshots; which machines
+there are besides this one is kept on disk (`store.nodes`).
 """
 
 from collections import OrderedDict
@@ -10,12 +10,13 @@ from typing import Final
 
 import msgspec
 
-from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorBody, ErrorCode, fail
 from arriero.contracts.events import (
     AgentBeat,
     AgentEvent,
     AgentSnapshot,
     DownloadChanged,
+    ModelsChanged,
     NodeChanged,
     PoolEvent,
     PoolWorkerChanged,
@@ -24,18 +25,23 @@ from arriero.contracts.events import (
 from arriero.contracts.records import (
     Capabilities,
     DownloadRecord,
+    ModelRecord,
     NodeRecord,
+    RunRecord,
     WorkerExit,
     WorkerRecord,
 )
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.download_states import DOWNLOADS
 from arriero.domain.node_states import NODES
-from arriero.domain.placement import NodeView, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.domain.workers import WorkerRegistry
+from arriero.orchestrator import reach
 from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.reach import Line
+from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.orchestrator.upstream import Address
+from arriero.orchestrator.views import PoolViews
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.http import Peer
@@ -52,17 +58,42 @@ class Node:
     """One machine, as its agent tells."""
 
     name: str
-    peer: Peer
-    #: The same agent, for what is relayed byte by byte.
-    address: Address
+    entry: NodeEntry
+    #: As its agent told last, perhaps before our own start.
     capabilities: Capabilities
     state: NodeState = NodeState.JOINING
+    #: The way to it; None while there is none.
+    line: Line | None = None
+    agent: RunRecord | None = None
     last_connected_unix: float = 0.0
+    #: Why it does not answer, while it does not.
+    error: ErrorBody | None = None
+    latency_ms: float = 0.0
     downloads: dict[str, DownloadRecord] = field(default_factory=dict)
+    #: Its catalog, by reference.
+    models: dict[str, ModelRecord] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> Peer:
+        """Its agent, called by JSON.  Raises NODE_UNREACHABLE."""
+        line, agent = self._held()
+        return line.peer(agent.url, agent.token)
+
+    @property
+    def address(self) -> Address:
+        """Its agent, for what is relayed byte by byte.  Raises NODE_UNREACHABLE."""
+        line, agent = self._held()
+        return line.address(agent.url, agent.token)
+
+    def _held(self) -> tuple[Line, RunRecord]:
+        if self.line is None or self.agent is None:
+            fail(ErrorCode.NODE_UNREACHABLE, f"node {self.name} is {self.state}", node=self.name)
+        return self.line, self.agent
 
     def record(self) -> NodeRecord:
         """Return what the lists show."""
-        has = self.capabilities
+        has, entry = self.capabilities, self.entry
+        address = reach.address_of(entry) if entry.is_remote else None
         return NodeRecord(
             name=self.name,
             status=self.state,
@@ -72,14 +103,33 @@ class Node:
             ram_mb=has.ram_mb,
             ram_free_mb=has.ram_free_mb,
             disk_free_mb=has.disk_free_mb,
+            labels=entry.labels,
             last_connected_unix=self.last_connected_unix,
+            is_remote=entry.is_remote,
+            ssh=entry.ssh,
+            user=(address.user if address is not None else None) or "",
+            host=address.host if address is not None else "",
+            port=address.port if address is not None else None,
+            key_path=entry.key_path,
+            host_key=entry.host_key,
+            install_path=entry.install_path,
+            mac=entry.mac,
+            engines=has.engines,
+            os=has.os,
+            arch=has.arch,
+            cpu_cores=has.cpu_cores,
+            is_drained=entry.is_drained,
+            lease=self.line.lease if self.line is not None else 0,
+            error=self.error,
+            advice=has.advice,
+            latency_ms=self.latency_ms,
         )
 
 
 class NodeRegistry:
     """Nodes, their workers and the workers' tokens; `changed` wakes whoever waits for any of it."""
 
-    def __init__(self, clock: Clock, feed: Feed) -> None:
+    def __init__(self, clock: Clock, feed: Feed, *, wake_cost_s: float = 60.0) -> None:
         self._clock = clock
         self._feed = feed
         self._log = logs.get("arriero.nodes")
@@ -87,7 +137,11 @@ class NodeRegistry:
         self._tokens: dict[str, str] = {}
         self._ended: OrderedDict[str, WorkerRecord] = OrderedDict()
         self.workers = WorkerRegistry()
+        #: The same as choices see it.
+        self.views = PoolViews(clock, wake_cost_s=wake_cost_s)
         self.changed = Changed()
+        #: What a person changed of this machine itself, by the name of its agent.
+        self.local_entries: dict[str, NodeEntry] = {}
         #: Address that workers' proxy routes are shown under; set once the port is known.
         self.public_url = ""
 
@@ -96,6 +150,10 @@ class NodeRegistry:
     def nodes(self) -> list[Node]:
         """Return all nodes by name."""
         return sorted(self._nodes.values(), key=lambda node: node.name)
+
+    def find(self, name: str) -> Node | None:
+        """Return a node, or None."""
+        return self._nodes.get(name)
 
     def node(self, name: str) -> Node:
         """Return a node.  Raises NODE_NOT_FOUND."""
@@ -107,8 +165,9 @@ class NodeRegistry:
     def reachable(self, name: str) -> Node:
         """Return a node that answers.  Raises NODE_NOT_FOUND, NODE_UNREACHABLE."""
         node = self.node(name)
-        if node.state is not NodeState.READY:
-            fail(ErrorCode.NODE_UNREACHABLE, f"node {name} is {node.state}", node=name)
+        if node.state not in (NodeState.READY, NodeState.DRAINING):
+            why = f": {node.error.message}" if node.error is not None else ""
+            fail(ErrorCode.NODE_UNREACHABLE, f"node {name} is {node.state}{why}", node=name)
         return node
 
     def is_ready(self) -> bool:
@@ -134,7 +193,10 @@ class NodeRegistry:
                 worker_id=record.worker_id,
                 state=str(record.state),
             )
-        return Address.of(record.url, token)
+        node = self._nodes.get(record.node)
+        if node is None or node.line is None:
+            fail(ErrorCode.NODE_UNREACHABLE, f"node {record.node} does not answer", node=record.node)
+        return node.line.address(record.url, token)
 
     def public(self, record: WorkerRecord) -> WorkerRecord:
         """Return a record as our answers show it: its address leads through us."""
@@ -147,54 +209,50 @@ class NodeRegistry:
         found = [(node, download) for node in self.nodes() for download in node.downloads.values()]
         return sorted(found, key=lambda pair: -pair[1].started_unix)
 
-    def worker_views(self, in_flight: dict[str, int]) -> list[WorkerView]:
-        """Return the workers as a choice sees them; `in_flight` counts what we sent them ourselves."""
-        return [self._worker_view(record, in_flight.get(record.worker_id, 0)) for record in self.workers]
-
-    def _worker_view(self, record: WorkerRecord, sent: int) -> WorkerView:
-        # The record lags behind what we sent just now: the worse of both counts.
-        total = record.slots_total
-        node = self._nodes.get(record.node)
-        return WorkerView(
-            worker_id=record.worker_id,
-            node=record.node,
-            model_ref=record.model_ref,
-            backend=record.backend,
-            device=record.device,
-            state=record.state,
-            slots_free=min(record.slots_available, total - sent),
-            queued=max(record.queued, sent - total, 0),
-            node_state=node.state if node is not None else NodeState.UNREACHABLE,
-            load_fraction=record.load_fraction,
-        )
-
-    def node_views(self, with_model: frozenset[str]) -> list[NodeView]:
-        """Return the nodes as a choice sees them; `with_model` names those that hold the model."""
-        return [
-            NodeView(
-                name=node.name,
-                state=node.state,
-                backends=tuple(node.capabilities.backends),
-                devices=tuple(node.capabilities.devices),
-                ram_free_mb=node.capabilities.ram_free_mb,
-                has_model=node.name in with_model,
-            )
-            for node in self.nodes()
-        ]
-
     # --- What the agents tell ------------------------------------------------------------
 
-    def joined(self, snapshot: AgentSnapshot, peer: Peer, address: Address) -> Node:
-        """Take an agent's snapshot: its node is ready, and has these workers and no others."""
-        name = snapshot.capabilities.name
+    def add(self, entry: NodeEntry) -> Node:
+        """Take a registered machine, whose agent has told nothing yet since our start."""
+        assert entry.capabilities is not None, "a machine is registered after its agent has told of it"
+        node = Node(entry.name, entry, entry.capabilities, last_connected_unix=entry.last_connected_unix)
+        self._nodes[entry.name] = node
+        self._tell(NodeChanged(node=node.record()))
+        return node
+
+    def changed_entry(self, entry: NodeEntry) -> Node:
+        """Take what a person changed of a machine.  Raises NODE_NOT_FOUND."""
+        node = self.node(entry.name)
+        node.entry = entry
+        self._follow_wish(node)
+        self._tell(NodeChanged(node=node.record()))
+        return node
+
+    def removed(self, name: str) -> None:
+        """Forget a machine, and end what we knew of its workers.  Raises NODE_NOT_FOUND."""
+        node = self.node(name)
+        for record in self.workers.select(node=name):
+            self._end_unseen(record)
+        self._step(node, NodeState.REMOVED)
+        del self._nodes[name]
+
+    def joined(
+        self, snapshot: AgentSnapshot, line: Line, agent: RunRecord, *, name: str | None = None
+    ) -> Node:
+        """Take an agent's snapshot: its node is ready, and has these workers and no others.
+
+        `name`: what a registered machine is called, whatever its agent says.
+        """
+        name = name or snapshot.capabilities.name
         node = self._nodes.get(name)
         if node is None:
-            node = Node(name, peer, address, snapshot.capabilities)
+            entry = self.local_entries.get(name) or NodeEntry(name=name, is_remote=False)
+            node = Node(name, entry, snapshot.capabilities)
             self._nodes[name] = node
         elif node.state is NodeState.UNREACHABLE:
             self._step(node, NodeState.JOINING)
-        node.peer = peer
-        node.address = address
+        node.line = line
+        node.agent = agent
+        node.error = None
         node.capabilities = snapshot.capabilities
         node.last_connected_unix = self._clock.wall_s()
         before, node.downloads = (
@@ -211,6 +269,8 @@ class NodeRegistry:
             self._step(node, NodeState.READY)
         else:
             self._tell(NodeChanged(node=node.record()))
+        self._has_models(node, snapshot.models)
+        self._follow_wish(node)
         for download_id, download in node.downloads.items():
             if before.get(download_id) != download:
                 # What happened while nobody listened.
@@ -224,6 +284,8 @@ class NodeRegistry:
             # It spoke in the very moment in which it was given up.
             self._step(node, NodeState.JOINING)
             self._step(node, NodeState.READY)
+            node.error = None
+            self._follow_wish(node)
         if isinstance(event, WorkerChanged):
             self.observe(event.worker, event.worker_token)
         elif isinstance(event, DownloadChanged):
@@ -231,6 +293,8 @@ class NodeRegistry:
             node.downloads[download.download_id] = download
             _forget_old(node.downloads)
             self._tell(DownloadChanged(download=download))
+        elif isinstance(event, ModelsChanged):
+            self._has_models(node, event.models)
         elif isinstance(event, AgentBeat):
             free = event.device_free_mb
             node.capabilities = msgspec.structs.replace(
@@ -242,12 +306,28 @@ class NodeRegistry:
                     for device in node.capabilities.devices
                 ],
             )
+            self.views.beat(
+                node.name,
+                ram_free_mb=event.ram_free_mb,
+                disk_free_mb=event.disk_free_mb,
+                devices=node.capabilities.devices,
+                promised_mb=event.promised_mb,
+            )
 
-    def unreachable(self, node: Node, why: str) -> None:
+    def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
+        before, node.error = node.error, error.body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
-            self._log.warning("node unreachable", node=node.name, why=why)
+            self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)
+        elif before is None or before.code != node.error.code:
+            self._tell(NodeChanged(node=node.record()))
+
+    def _follow_wish(self, node: Node) -> None:
+        """Take a node out of the choice, or back, as a person asked for; also after it comes back."""
+        wished = NodeState.DRAINING if node.entry.is_drained else NodeState.READY
+        if node.state in (NodeState.READY, NodeState.DRAINING) and node.state is not wished:
+            self._step(node, wished)
 
     def observe(self, record: WorkerRecord, token: str = "") -> None:
         """Take what an agent says of one worker."""
@@ -289,7 +369,13 @@ class NodeRegistry:
         self._log.info("node", node=node.name, state=str(state))
         self._tell(NodeChanged(node=node.record()))
 
+    def _has_models(self, node: Node, models: list[ModelRecord]) -> None:
+        node.models = {model.model_ref: model for model in models}
+        self.views.models_told(node.name, models)
+        self.changed.notify()
+
     def _tell(self, event: PoolEvent) -> None:
+        self.views.take(event)
         self._feed.tell(event)
         self.changed.notify()
 

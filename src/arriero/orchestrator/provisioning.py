@@ -14,23 +14,24 @@ import msgspec
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fail, from_body
 from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
-from arriero.contracts.records import ModelList, ModelRecord, WorkerRecord
+from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
-from arriero.contracts.states import DownloadState, NodeState
-from arriero.domain.placement import NodeChoice, Wants, choose_node
+from arriero.contracts.states import DownloadState
+from arriero.domain.placement import NodeChoice, Wants
+from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.room import Found, RoomFinder
+from arriero.orchestrator.views import is_local
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.tasks import Changed
 
-CATALOG_TIMEOUT_S: Final = 5.0
 #: An agent checks the file and the memory before it answers a spawn.
 SPAWN_TIMEOUT_S: Final = 60.0
 #: A download tells its state each second at least; its own rules end one that brings nothing.
 DOWNLOAD_SILENCE_S: Final = 60.0
 TELL_EVERY_S: Final = 0.25
 LEAVE_TIMEOUT_S: Final = 2.0
-MIB: Final = 1024 * 1024
 #: With these another node may still succeed.
 _TRY_ELSEWHERE: Final = frozenset(
     {
@@ -42,6 +43,7 @@ _TRY_ELSEWHERE: Final = frozenset(
         ErrorCode.BACKEND_UNAVAILABLE,
     }
 )
+_TOO_BIG: Final = frozenset({ErrorCode.INSUFFICIENT_RAM, ErrorCode.INSUFFICIENT_VRAM})
 
 Step: TypeAlias = TaskPlacing | TaskDownloading
 
@@ -62,6 +64,7 @@ class JobKey:
     node: str | None
     backend: str | None
     device: str | None
+    labels: tuple[tuple[str, str], ...]
 
 
 class Job:
@@ -77,6 +80,8 @@ class Job:
         #: Requests that wait for it.
         self.followers = 0
         self.is_downloading = False
+        #: Waits for room, or for a machine to wake.
+        self.is_waiting = False
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -107,12 +112,18 @@ class Job:
 class ModelProvisioner:
     """Starts workers; one job for each model, node, backend and device at a time."""
 
-    def __init__(self, registry: NodeRegistry, group: asyncio.TaskGroup, clock: Clock) -> None:
+    def __init__(
+        self, registry: NodeRegistry, room: RoomFinder, group: asyncio.TaskGroup, clock: Clock
+    ) -> None:
         self._registry = registry
+        self.room = room
+        self._neighbours = Neighbours(registry)
         self._group = group
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
         self._log = logs.get("arriero.provisioning")
+        #: Whether the workers that are started go with this orchestrator.
+        self.binds_workers = False
 
     @property
     def jobs_running(self) -> int:
@@ -121,7 +132,7 @@ class ModelProvisioner:
 
     def job(self, wants: Wants) -> Job:
         """Return the running job for these wants; start it if there is none."""
-        key = JobKey(wants.model_ref, wants.node, wants.backend, wants.device)
+        key = JobKey(wants.model_ref, wants.node, wants.backend, wants.device, wants.labels)
         job = self._jobs.get(key)
         if job is None:
             job = Job(replace(wants, excluded=frozenset()))
@@ -133,11 +144,11 @@ class ModelProvisioner:
     def left(self, job: Job) -> None:
         """Take note that a request waits no more.
 
-        A worker that is being started is finished for the next one; a download that nobody waits for
-        is left: its agent ends it unless somebody else asked for it.
+        A worker that is being started is finished for the next one; room that nobody waits for is not
+        made, and a download is left: its agent ends it unless somebody else asked for it.
         """
         job.followers -= 1
-        if not job.followers and job.is_downloading and job.task is not None:
+        if not job.followers and (job.is_downloading or job.is_waiting) and job.task is not None:
             self._forget(job)
             job.task.cancel()
 
@@ -152,33 +163,8 @@ class ModelProvisioner:
         """
         refs.parse(body.model_ref)
         wants = Wants(body.model_ref, node_name, body.backend, body.device)
-        choice = _checked(await self.choose(wants), wants)
+        choice = _checked(self.room.choose(wants), wants)
         return await self._spawn(self._registry.reachable(choice), body)
-
-    async def choose(self, wants: Wants) -> NodeChoice:
-        """Return which node would take a new worker now."""
-        with_model, model = await self._catalogs(wants.model_ref)
-        return self._choose(wants, with_model, model)
-
-    async def catalogs(self) -> list[tuple[Node, ModelRecord]]:
-        """Return the models of all nodes that answer."""
-        found: list[tuple[Node, ModelRecord]] = []
-
-        async def ask(node: Node) -> None:
-            try:
-                listed = await node.peer.call(
-                    "GET", "/v1/models", answer=ModelList, timeout_s=CATALOG_TIMEOUT_S
-                )
-            except ArrieroError as error:
-                self._log.warning("no catalog", node=node.name, code=str(error.code))
-                return
-            found.extend((node, model) for model in listed.models)
-
-        async with asyncio.TaskGroup() as group:
-            for node in self._registry.nodes():
-                if node.state == "ready":
-                    group.create_task(ask(node), name=f"catalog-{node.name}")
-        return sorted(found, key=lambda pair: (pair[0].name, pair[1].model_ref))
 
     # --- A job ---------------------------------------------------------------------------
 
@@ -200,45 +186,87 @@ class ModelProvisioner:
 
     async def _provision(self, job: Job) -> WorkerRecord:
         refused: dict[str, ArrieroError] = {}
+        learned: dict[str, int] = {}
         while True:
-            with_model, model = await self._catalogs(job.wants.model_ref)
             wants = replace(job.wants, excluded=frozenset(refused))
-            choice = self._choose(wants, with_model, model)
-            if choice.node is None and refused:
-                # What a node itself said tells more than that no node is left.
-                raise next(iter(refused.values()))
-            name = _checked(choice, wants)
-            job.tell(TaskPlacing(node=name, actor="orchestrator", message=choice.message))
-            node = self._registry.reachable(name)
+            found = await self._find(job, wants, max(learned.values(), default=None), refused)
+            job.tell(TaskPlacing(node=found.node, actor="orchestrator", message=found.message))
             try:
-                return await self._provision_on(node, job, has_model=name in with_model)
+                return await self._provision_on(job, found)
             except ArrieroError as error:
+                self.room.give_up(found)
+                required_mb = error.details.get("required_mb")
+                if (
+                    error.code in _TOO_BIG
+                    and isinstance(required_mb, int)
+                    and found.node not in learned
+                    and self._has_others(found.node)
+                ):
+                    # Our guess was too small: with what the agent reckoned, others may have to go.
+                    learned[found.node] = required_mb
+                    continue
                 others = len(self._registry.nodes()) - len(refused) - 1
                 if error.code not in _TRY_ELSEWHERE or others < 1:
                     raise
-                refused[node.name] = error
-                message = f"{node.name} refused: {error.message}"
-                job.tell(TaskPlacing(node=node.name, actor="orchestrator", message=message))
+                refused[found.node] = error
+                message = f"{found.node} refused: {error.message}"
+                job.tell(TaskPlacing(node=found.node, actor="orchestrator", message=message))
+            except BaseException:
+                self.room.give_up(found)
+                raise
 
-    async def _provision_on(self, node: Node, job: Job, *, has_model: bool) -> WorkerRecord:
+    async def _find(
+        self, job: Job, wants: Wants, learned_mb: int | None, refused: dict[str, ArrieroError]
+    ) -> Found:
+        job.is_waiting = True
+        try:
+            return await self.room.find(wants, job.tell, learned_mb=learned_mb)
+        except ArrieroError:
+            if refused:
+                # What a node itself said tells more than that no node is left.
+                raise next(iter(refused.values())) from None
+            raise
+        finally:
+            job.is_waiting = False
+
+    def _has_others(self, node: str) -> bool:
+        """Return whether workers are on a node that could make room."""
+        return bool(self._registry.workers.select(node=node))
+
+    async def _provision_on(self, job: Job, found: Found) -> WorkerRecord:
         wants = job.wants
-        # The engine and its options are the node's own settings.
-        body = SpawnBody(model_ref=wants.model_ref, backend=wants.backend, device=wants.device)
-        if not has_model and not _is_local(wants.model_ref):
+        node = self._registry.reachable(found.node)
+        has_model = self._registry.views.has_model(node.name, wants.model_ref)
+        if not has_model:
+            # Before anybody makes room for it: that may take hours.
             await self._download(node, job)
+        job.is_waiting = True
+        try:
+            await self.room.clear(found)
+        finally:
+            job.is_waiting = False
+        # The engine and its options are the node's own settings.
+        body = SpawnBody(
+            model_ref=wants.model_ref, backend=wants.backend, device=wants.device or found.device
+        )
         try:
             record = await self._spawn(node, body)
         except ArrieroError as error:
             # The catalog knew it, the disk did not: fetch it again, once.
-            if error.code is not ErrorCode.MODEL_NOT_FOUND or not has_model or _is_local(wants.model_ref):
+            if error.code is not ErrorCode.MODEL_NOT_FOUND or not has_model or is_local(wants.model_ref):
                 raise
             await self._download(node, job)
             record = await self._spawn(node, body)
+        if found.movement is not None:
+            # A beat that was on its way already does not count it yet.
+            found.movement.beats_left = 2
         message = f"starts {record.worker_id} for {wants.model_ref}"
         job.tell(TaskPlacing(node=node.name, worker_id=record.worker_id, actor=node.name, message=message))
         return record
 
     async def _spawn(self, node: Node, body: SpawnBody) -> WorkerRecord:
+        if self.binds_workers:
+            body = msgspec.structs.replace(body, bound=True)
         record = await node.peer.call(
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
@@ -247,22 +275,15 @@ class ModelProvisioner:
             self._registry.observe(record)
         return record
 
-    def peers_of(self, node: Node) -> list[PeerSource]:
-        """Return the other nodes, which `node` asks for a model before it asks the internet."""
-        return [
-            PeerSource(url=other.peer.url, token=other.address.token, node=other.name)
-            for other in self._registry.nodes()
-            if other is not node and other.state is NodeState.READY
-        ]
-
     async def start_download(
         self, node: Node, model_ref: str, *, peers: Sequence[PeerSource] = (), clean: bool = False
     ) -> DownloadStarted:
         """Have a node begin to fetch a model, or join the download that does.  Raises what it answers.
 
-        `peers` are asked for it besides the other nodes.
+        `peers` are asked for it besides the other nodes, and all before the internet.
         """
-        body = DownloadBody(model_ref=model_ref, peers=[*peers, *self.peers_of(node)], clean=clean)
+        sources = [*peers, *await self._neighbours.sources_for(node, model_ref)]
+        body = DownloadBody(model_ref=model_ref, peers=sources, clean=clean)
         return await node.peer.call("POST", "/v1/models/download", body=body, answer=DownloadStarted)
 
     async def leave_download(self, node: Node, download_id: str, holder: str) -> None:
@@ -321,14 +342,6 @@ class ModelProvisioner:
             await events.aclose()
         fail(ErrorCode.DOWNLOAD_FAILED, f"{node.name} stopped telling of the download of {model_ref}")
 
-    def _choose(self, wants: Wants, with_model: frozenset[str], model: ModelRecord | None) -> NodeChoice:
-        needed_mb = None if model is None else -(-model.size_bytes // MIB)
-        return choose_node(self._registry.node_views(with_model), wants, needed_mb)
-
-    async def _catalogs(self, model_ref: str) -> tuple[frozenset[str], ModelRecord | None]:
-        found = [(node, model) for node, model in await self.catalogs() if model.model_ref == model_ref]
-        return frozenset(node.name for node, _ in found), found[0][1] if found else None
-
 
 def _checked(choice: NodeChoice, wants: Wants) -> str:
     """Return the chosen node's name.  Raises why there is none."""
@@ -337,11 +350,6 @@ def _checked(choice: NodeChoice, wants: Wants) -> str:
         code = choice.code or ErrorCode.NO_CAPACITY
         fail(code, choice.message, model_ref=wants.model_ref, refused=refusals)
     return choice.node
-
-
-def _is_local(model_ref: str) -> bool:
-    """Return whether an agent has the model without fetching it."""
-    return isinstance(refs.parse(model_ref), refs.DemoRef | refs.FileRef)
 
 
 def _downloading(node: Node, model_ref: str, frame: DownloadFrame) -> TaskDownloading:

@@ -10,10 +10,12 @@ from arriero.contracts.events import TaskDownloading, TaskLoading, TaskPlacing
 from arriero.contracts.records import WorkerExit, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants, WorkerChoice, choose_worker
+from arriero.domain.placement_workers import chosen
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.orchestrator.nodes import NodeRegistry
 from arriero.orchestrator.provisioning import Job, ModelProvisioner
 from arriero.orchestrator.upstream import Address
+from arriero.orchestrator.views import PoolViews
 from arriero.runtime.clock import Clock
 
 #: Between two steps of loading that are told.
@@ -31,10 +33,11 @@ Say: TypeAlias = Callable[[Waiting | None], Awaitable[None]]
 class Lease:
     """A worker that takes one request; counted as busy until the lease ends."""
 
-    def __init__(self, in_flight: dict[str, int], record: WorkerRecord, address: Address, why: str) -> None:
-        self._in_flight = in_flight
+    def __init__(self, views: PoolViews, record: WorkerRecord, address: Address, why: str) -> None:
+        self._views = views
         self.worker_id = record.worker_id
         self.node = record.node
+        self.model_ref = record.model_ref
         self.address = address
         #: Why this one was chosen.
         self.why = why
@@ -45,11 +48,11 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left = self._in_flight[self.worker_id] - 1
-        if left:
-            self._in_flight[self.worker_id] = left
-        else:
-            del self._in_flight[self.worker_id]
+        self._views.released(self.worker_id, self.node)
+
+    def finished(self, *, tokens: int, duration_ms: float) -> None:
+        """Take note of how fast its request was computed."""
+        self._views.finished(self.node, self.model_ref, tokens=tokens, duration_ms=duration_ms)
 
 
 class Scheduler:
@@ -70,26 +73,34 @@ class Scheduler:
         self._beat_s = beat_s
         # So long after our own start the agent may not have been found yet.
         self._join_until_s = clock.monotonic_s() + join_s
-        self._in_flight: dict[str, int] = {}
 
     @property
     def requests_in_flight(self) -> int:
         """How many requests are with workers now."""
-        return sum(self._in_flight.values())
+        return self._registry.views.requests_in_flight
+
+    def requests_on(self, node: str) -> int:
+        """Return how many requests are with the workers of a node now."""
+        return self._registry.views.requests_on(node)
 
     def choose(self, wants: Wants) -> WorkerChoice:
         """Return which worker would take a request now."""
-        return choose_worker(self._registry.worker_views(self._in_flight), wants)
+        workers = self._registry.views.workers
+        best = workers.best(wants)
+        if best is not None:
+            return chosen(best)
+        return choose_worker(workers.of_model(wants.model_ref), wants)
 
     def try_lease(self, wants: Wants) -> Lease | None:
         """Return a lease on a worker that is ready; None if there is none at this moment."""
-        choice = self.choose(wants)
-        if choice.worker_id is None or not choice.is_ready:
+        best = self._registry.views.workers.best(wants)
+        if best is None or best.state not in READY:
             return None
-        record = self._registry.workers.get(choice.worker_id)
+        record = self._registry.workers.get(best.worker_id)
         address = self._registry.address(record)
-        self._in_flight[record.worker_id] = self._in_flight.get(record.worker_id, 0) + 1
-        return Lease(self._in_flight, record, address, choice.message)
+        why = chosen(best).message
+        self._registry.views.leased(record.worker_id)
+        return Lease(self._registry.views, record, address, why)
 
     async def lease(self, wants: Wants, say: Say) -> Lease:
         """Return a lease on a worker, as long as it takes to make one; `say` hears each step.

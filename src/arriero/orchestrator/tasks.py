@@ -19,7 +19,7 @@ from arriero.contracts.requests import TaskBody
 from arriero.contracts.states import TaskState
 from arriero.orchestrator.exchange import Exchange, Exchanges
 from arriero.orchestrator.feed import Feed
-from arriero.orchestrator.store import StoredTask, TaskStore
+from arriero.orchestrator.store.tasks import StoredTask, TaskStore
 from arriero.orchestrator.task import Task
 from arriero.orchestrator.task_run import TaskRunner
 from arriero.runtime import logs

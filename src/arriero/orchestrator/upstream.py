@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from arriero.contracts.fence import FENCE_HEADER
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -51,6 +52,15 @@ class Address:
     host: str
     port: int
     token: str = field(repr=False)
+    #: A unix socket here that leads to that port, where it cannot be reached directly.
+    socket_path: str = ""
+    #: `X-Arriero-Fence` of every request: under which lease it is sent.
+    fence: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What two addresses have in common whose connections may be used for each other."""
+        return (self.socket_path or self.host, self.port)
 
     @classmethod
     def of(cls, url: str, token: str) -> "Address":
@@ -84,6 +94,7 @@ def request_bytes(
         f"host: {host}:{address.port}",
         f"authorization: Bearer {address.token}",
         f"content-length: {len(body)}",
+        *([f"{FENCE_HEADER}: {address.fence}"] if address.fence else []),
         *(f"{name}: {value}" for name, value in headers),
     ]
     if any("\r" in line or "\n" in line or "\0" in line for line in lines):
@@ -336,7 +347,7 @@ class Upstreams:
 
         Raises Lost (`is_unreachable`) if none comes about.
         """
-        key = (address.host, address.port)
+        key = address.key
         if not is_new:
             kept = self._take(key)
             if kept is not None:
@@ -347,16 +358,24 @@ class Upstreams:
                 await self._clock.sleep_s(delay_s * (1 - self._entropy.chance() / 2))
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
-                    _, connection = await asyncio.get_running_loop().create_connection(
-                        lambda: Connection(self, key), address.host, address.port
-                    )
+                    return await self._connect(address, key)
             except TimeoutError:
                 why = f"no connection within {self._connect_timeout_s:g} s"
             except OSError as error:
                 why = error.strerror or type(error).__name__
-            else:
-                return connection
         raise Lost(why, is_unreachable=True)
+
+    async def _connect(self, address: Address, key: tuple[str, int]) -> Connection:
+        loop = asyncio.get_running_loop()
+        if address.socket_path:
+            _, connection = await loop.create_unix_connection(
+                lambda: Connection(self, key), address.socket_path
+            )
+        else:
+            _, connection = await loop.create_connection(
+                lambda: Connection(self, key), address.host, address.port
+            )
+        return connection
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection whose answer is whole."""

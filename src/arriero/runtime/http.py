@@ -22,31 +22,53 @@ class Http:
     def __init__(self, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._session: aiohttp.ClientSession | None = None
+        #: One for each unix socket that is spoken to.
+        self._local: dict[str, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> "Http":
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
-            trust_env=False,
-            auto_decompress=False,
-        )
+        self._session = self._new(aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._session is not None
-        await self._session.close()
+        for session in [self._session, *self._local.values()]:
+            await session.close()
 
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        """The aiohttp session, for what `Peer` does not do."""
+    def _new(self, connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+            trust_env=False,
+            auto_decompress=False,
+        )
+
+    def session(self, socket_path: str = "") -> aiohttp.ClientSession:
+        """Return the aiohttp session for TCP, or the one for a unix socket."""
         assert self._session is not None, "used outside of its `async with`"
-        return self._session
+        if not socket_path:
+            return self._session
+        session = self._local.get(socket_path)
+        if session is None:
+            connector = aiohttp.UnixConnector(socket_path, limit=0, keepalive_timeout=30)
+            session = self._local[socket_path] = self._new(connector)
+        return session
 
-    def peer(self, url: str, token: str = "") -> "Peer":
-        """Return a caller of one daemon."""
-        return Peer(self, url.rstrip("/"), token)
+    async def forget(self, socket_path: str) -> None:
+        """Close what goes through a unix socket that is no more.  Safe to call twice."""
+        session = self._local.pop(socket_path, None)
+        if session is not None:
+            await session.close()
+
+    def peer(
+        self, url: str, token: str = "", *, socket_path: str = "", headers: Mapping[str, str] | None = None
+    ) -> "Peer":
+        """Return a caller of one daemon; `socket_path` leads to it where its own port cannot be reached.
+
+        `headers` go with every request.
+        """
+        return Peer(self, url.rstrip("/"), token, socket_path, dict(headers or {}))
 
 
 class Peer:
@@ -56,10 +78,19 @@ class Peer:
     NODE_UNREACHABLE by default) when it does not answer.
     """
 
-    def __init__(self, http: Http, url: str, token: str) -> None:
+    def __init__(
+        self,
+        http: Http,
+        url: str,
+        token: str,
+        socket_path: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._http = http
         self.url = url
         self._token = token
+        self._socket_path = socket_path
+        self._headers = dict(headers or {})
 
     @overload
     async def call(
@@ -116,14 +147,15 @@ class Peer:
         self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None,
     ) -> Any:  # fmt: skip
         """Return aiohttp's request context for a path; `body` is sent as JSON, bytes as they are."""
-        sent = dict(headers or {})
+        sent = {**self._headers, **(headers or {})}
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
         data: bytes | None = None
         if body is not None:
             data = body if isinstance(body, bytes) else msgspec.json.encode(body)
             sent.setdefault("Content-Type", "application/json")
-        return self._http.session.request(method, self.url + path, data=data, headers=sent)
+        session = self._http.session(self._socket_path)
+        return session.request(method, self.url + path, data=data, headers=sent)
 
     async def events(
         self, path: str, *, method: str = "GET", body: object = None,

@@ -50,6 +50,18 @@ class Settings:
         low=0,
         high=1024,
     )
+    engine_index_url: str = _s(
+        "https://xorbitsai.github.io/xllamacpp/whl",
+        "Package index of the engine's builds for accelerators; each lies below its name, as in URL/cu128.",
+    )
+    engine_wheel: str = _s(
+        "", "Wheel file of the engine's build that suits this machine: where the index cannot be reached."
+    )
+    backend: str = _s(
+        "",
+        "Backend of a request that names none. Default: the best there is; cpu leaves a GPU alone that no "
+        "build of the engine computes on.",
+    )
     worker_slots: int = _s(4, "Requests a worker computes at a time.", low=1, high=64)
     worker_queue: int = _s(64, "Requests that wait in a worker before it refuses more.", low=0, high=10_000)
     context_tokens_max: int = _s(
@@ -73,6 +85,21 @@ class Settings:
     restart_window_s: float = _s(60.0, "The window crashes are counted in.", unit="s", low=0.1)
     connect_timeout_s: float = _s(10.0, "Limit to connect to another part.", unit="s", low=0.1)
     node_timeout_s: float = _s(3.0, "A node silent for so long is unreachable.", unit="s", low=0.1)
+    starvation_s: float = _s(
+        30.0, "A model that waits for another one's place has it after so long.", unit="s", low=0.1
+    )
+    wake_timeout_s: float = _s(
+        120.0, "Limit for a machine that is woken to be in the pool again.", unit="s", low=0.1
+    )
+    wake_cost_s: float = _s(
+        60.0,
+        "What waking a machine is reckoned to cost: one waits so long rather than wake it.",
+        unit="s",
+        low=0,
+    )
+    wake_address: str = _s(
+        "255.255.255.255:9", "Where the packet that wakes a machine is sent: IPv4 address and UDP port."
+    )
     download_attempts: int = _s(6, "Attempts of a download without progress in between.", low=1, high=100)
     download_stall_s: float = _s(
         60.0, "A download without a byte for so long is tried again.", unit="s", low=0.1

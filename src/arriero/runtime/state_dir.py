@@ -26,6 +26,8 @@ class StateDir:
         self.workers = home / "run" / "workers"
         self.logs = home / "logs"
         self.models = home / "models"
+        #: Not among the run files: its number must only rise, also from one agent to the next.
+        self.lease_file = home / "lease.json"
         self.catalog_db = home / "catalog.db"
         self.orchestrator_db = home / "orchestrator.db"
 
@@ -144,6 +146,13 @@ def short_dir() -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ArrieroError(ErrorCode.STATE_DIR_UNUSABLE, "the folder for sockets is not ours alone")
     return folder
+
+
+def orchestrator_dir(home: Path) -> Path:
+    """Return where the orchestrator of a state folder has its ends of SSH connections (not made yet)."""
+    import hashlib
+
+    return short_dir() / f"o-{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
 
 
 def socket_dir(worker_id: str) -> Path:

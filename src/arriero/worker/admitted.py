@@ -43,6 +43,7 @@ class AdmittedRequest(ABC):
     ) -> None:
         self._core = core
         self._request_id = request.request_id
+        self._fence = request.fence
         self._arrived_s = request.arrived_s
         self._deadline_s = request.deadline_s(timeout_s)
         self._is_stream = is_stream
@@ -74,11 +75,13 @@ class AdmittedRequest(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer.  Whatever happens, the engine's work has stopped and the slot is free at the end.
 
-        Raises REQUEST_ID_IN_USE.
+        Raises REQUEST_ID_IN_USE, LEASE_SUPERSEDED.
         """
         core = self._core
         error: ArrieroError | None = None
-        with core.flights.open(self._request_id) as flight:
+        # While the body came the node may have been taken over.
+        core.fencing.check(self._fence)
+        with core.flights.open(self._request_id, self._fence) as flight:
             if self._deadline_s is not None:
                 flight.end_at(self._deadline_s, self._too_late(self._deadline_s))
             async with asyncio.TaskGroup() as group:

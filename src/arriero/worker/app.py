@@ -29,6 +29,7 @@ from arriero.worker import callback
 from arriero.worker.core import Core
 from arriero.worker.ending import Ending
 from arriero.worker.engine_host import EngineHost, exit_of
+from arriero.worker.fencing import Fencing
 from arriero.worker.flights import Flights
 from arriero.worker.lease import Lease
 from arriero.worker.metrics import Metrics
@@ -124,6 +125,7 @@ class _Worker:
             flights=Flights(),
             host=EngineHost(engine, spec, run_dir, lifecycle),
             lease=Lease(spec.lease_s, clock, is_owned=bool(spec.callback_url)),
+            fencing=Fencing(spec.fence),
             ending=Ending(),
             metrics=Metrics(),
         )
@@ -174,7 +176,7 @@ class _Worker:
             (b"x-arriero-node", core.spec.node.encode("latin-1", "replace")),
             (b"x-arriero-worker", core.spec.worker_id.encode("latin-1", "replace")),
         ]
-        return Signed(Guard(Router(routes, core.now_s), token=core.spec.token), names)
+        return Signed(Guard(Router(routes, core.now_s, core.fencing), token=core.spec.token), names)
 
     def _take_signals(self) -> None:
         """SIGTERM and SIGINT drain with the grace time; the second one ends at once."""

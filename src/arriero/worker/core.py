@@ -15,6 +15,7 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.worker.ending import Ending
 from arriero.worker.engine_host import EngineHost
+from arriero.worker.fencing import Fencing, superseded
 from arriero.worker.flights import Flights
 from arriero.worker.lease import Lease
 from arriero.worker.metrics import Metrics
@@ -45,6 +46,7 @@ class Core:
     flights: Flights
     host: EngineHost
     lease: Lease
+    fencing: Fencing
     ending: Ending
     metrics: Metrics
 
@@ -78,6 +80,14 @@ class Core:
         if self.lifecycle.state is not WorkerState.DRAINING and not self.lifecycle.is_final:
             self.lifecycle.go(WorkerState.DRAINING, reason=reason)
         self.ending.drain(reason, grace_s=grace_s)
+
+    def fence(self, number: int) -> None:
+        """Know that the node was taken over: what came under smaller numbers has nobody who waits for it."""
+        if not self.fencing.rise(number):
+            return
+        for flight in self.flights:
+            if flight.fence is not None and flight.fence < number:
+                flight.interrupt(superseded(flight.fence, number))
 
     def now_s(self) -> float:
         """Return the time of the loop's clock, which the timers of requests go by."""

@@ -21,8 +21,10 @@ class Flight:
     cancellation from elsewhere stays one.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, fence: int | None = None) -> None:
         self.request_id = request_id
+        #: The number that it came under, see `contracts.fence`.
+        self.fence = fence
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
@@ -96,8 +98,11 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._flights.values()))
+
     @contextlib.contextmanager
-    def open(self, request_id: str) -> Iterator[Flight]:
+    def open(self, request_id: str, fence: int | None = None) -> Iterator[Flight]:
         """Hold an id as long as its request is on its way.  Raises REQUEST_ID_IN_USE if it is held."""
         if request_id in self._flights:
             raise ArrieroError(
@@ -105,7 +110,7 @@ class Flights:
                 f"request {request_id} is in flight already",
                 request_id=request_id,
             )
-        flight = self._flights[request_id] = Flight(request_id)
+        flight = self._flights[request_id] = Flight(request_id, fence)
         try:
             yield flight
         finally:

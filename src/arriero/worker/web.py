@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
@@ -20,6 +20,8 @@ from arriero.runtime.asgi import (
     error_bytes,
     send_error,
 )
+from arriero.worker.fencing import HEADER as FENCE_HEADER
+from arriero.worker.fencing import Fencing
 
 T = TypeVar("T")
 _log = logging.getLogger("arriero.http")
@@ -35,6 +37,8 @@ class Request:
     request_id: str
     #: When its head was read, on the loop's clock.
     arrived_s: float
+    #: The number that it came under; None: it said none.
+    fence: int | None = None
 
     def header(self, name: bytes) -> bytes:
         """Return a header's value (the name in lower case); empty if it is not there."""
@@ -143,8 +147,11 @@ Handler: TypeAlias = Callable[[Request], Awaitable[AsgiApp]]
 class Router:
     """Routes by method and path; a path that ends in `/` takes what follows as one name."""
 
-    def __init__(self, routes: Mapping[tuple[str, str], Handler], now_s: Callable[[], float]) -> None:
+    def __init__(
+        self, routes: Mapping[tuple[str, str], Handler], now_s: Callable[[], float], fencing: Fencing
+    ) -> None:
         self._routes = dict(routes)
+        self._fencing = fencing
         self._methods: dict[str, list[str]] = {}
         for method, path in routes:
             self._methods.setdefault(path, []).append(method)
@@ -154,6 +161,8 @@ class Router:
         """Answer one request."""
         path: str = scope["path"]
         request = Request(scope, receive, path, scope["state"]["request_id"], self._now_s())
+        if given := request.header(FENCE_HEADER):
+            request = replace(request, fence=self._fencing.admit(given))
         is_started = False
 
         async def noting(message: Message) -> None:

@@ -190,9 +190,12 @@ async def test_a_download_is_started_and_followed_through_the_orchestrator(tmp_p
 
 @pytest.mark.parametrize(
     "path",
-    ["v1/events", "v1/workers", "v1/models/../events", "v1/models/%2e%2e/events", "v1", "", "v1/modelsx"],
-)
-async def test_of_an_agent_nothing_but_its_models_is_passed_on(tmp_path: Path, path: str) -> None:
+    [
+        "v1/events", "v1/workers", "v1/models/../events", "v1/models/%2e%2e/events", "v1", "", "v1/modelsx",
+        "v1/engines/../events", "v1/enginesx",
+    ],
+)  # fmt: skip
+async def test_of_an_agent_nothing_but_its_models_and_engines_is_passed_on(tmp_path: Path, path: str) -> None:
     """Its events carry the workers' tokens, which are nobody's but the orchestrator's."""
     async with agent(tmp_path), orchestrator(tmp_path) as o:
         await node_is(o, "ready")
@@ -227,7 +230,8 @@ async def test_the_feed_begins_with_everything_and_tells_every_change(tmp_path: 
 
 async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
-        andes.models.append(
+        await node_is(o, "ready")
+        andes.has_models(
             ModelRecord(
                 model_id="m-0123456789ab",
                 model_ref="hf:org/repo:Q4",
@@ -238,8 +242,8 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
                 added_unix=7.0,
             )
         )
-        await node_is(o, "ready")
-        listed = await o.get("/v1/models")
+        # Told once, when the catalog changed: nobody asks for it again.
+        listed = await o.until("/v1/models", lambda answer: len(answer["data"]) == 2)
         assert [model["id"] for model in listed["data"]] == ["demo", "hf:org/repo:Q4"]
         for path in ("/v1/models/hf:org/repo:Q4", "/v1/models/hf%3Aorg%2Frepo%3AQ4"):
             async with o.session.get(URL(o.url + path, encoded=True)) as response:
@@ -251,7 +255,7 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
         ) as response:
             explained = await response.json()
         assert explained["code"] == "INSUFFICIENT_RAM"
-        assert explained["refused_nodes"][0]["why"] == "has 7.4 GiB free, the model has 20.0 GiB"
+        assert explained["refused_nodes"][0]["why"] == "has 7.4 GiB free, the model needs 20.0 GiB"
         assert andes.spawned == []
         async with o.session.get(f"{o.url}/metrics") as response:
             assert 'arriero_nodes{state="ready"} 1.0' in await response.text()

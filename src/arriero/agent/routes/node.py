@@ -4,13 +4,14 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
+from typing import Any, cast
 
 import msgspec
-from litestar import Response, get
+from litestar import Request, Response, get
 from litestar.types import ASGIApp, ControllerRouterHandler
 
 from arriero.agent.events import Feed
+from arriero.agent.lease import SCOPE_KEY, Holding
 from arriero.agent.machine import Machine
 from arriero.agent.metrics import CONTENT_TYPE, AgentMetrics
 from arriero.contracts.records import Capabilities, Health
@@ -38,10 +39,14 @@ def node_routes(
         return machine.capabilities()
 
     @get("/v1/events")
-    async def events() -> ASGIApp:
-        """Follow this machine as events: a snapshot, every change, a beat a second."""
+    async def events(request: Request[Any, Any, Any]) -> ASGIApp:
+        """Follow this machine as events: a snapshot, every change, a beat a second.
+
+        Who says `X-Arriero-Fence: HOLDER:NUMBER` holds the machine as long as the stream is open.
+        """
+        holding: Holding | None = cast("dict[str, Any]", request.scope).get(SCOPE_KEY)
         await machine.look_aside()
-        return cast("ASGIApp", SseResponse(_frames(feed), stop=stop))
+        return cast("ASGIApp", SseResponse(_frames(feed, holding), stop=stop))
 
     @get("/metrics")
     async def metrics_page() -> Response[bytes]:
@@ -51,9 +56,9 @@ def node_routes(
     return [health, capabilities, events, metrics_page]
 
 
-async def _frames(feed: Feed) -> AsyncGenerator[bytes, None]:
+async def _frames(feed: Feed, holding: Holding | None) -> AsyncGenerator[bytes, None]:
     number = 0
-    async with aclosing(feed.read()) as events:
+    async with aclosing(feed.read(None if holding is None else holding.check)) as events:
         async for event in events:
             number += 1
             yield sse.encode(msgspec.json.encode(event), number)

@@ -10,13 +10,11 @@ from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.placements import PlacementExplained
 from arriero.contracts.records import (
     DownloadList,
     DownloadRecord,
     Health,
-    ModelRecord,
-    NodeList,
-    NodeRecord,
     TaskRecord,
     WorkerList,
     WorkerRecord,
@@ -24,9 +22,10 @@ from arriero.contracts.records import (
 from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
 from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
-from arriero.domain.placement import Wants
+from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
+from arriero.orchestrator.routes.nodes import node_routes
 from arriero.orchestrator.routes.streams import decode_strictly
 
 #: `all=1` in a query.
@@ -66,31 +65,17 @@ class DownloadAccepted(msgspec.Struct, frozen=True, kw_only=True):
     holder: str
 
 
-class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate that was not taken, and why."""
-
-    candidate: str
-    code: str
-    why: str
-
-
-class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/placements:explain`: what would happen to a request now; nothing is done."""
-
-    #: The worker that would take it; None: a new one is needed.
-    worker_id: str | None
-    #: The node that would take a new worker; None: there is a worker, or no node can.
-    node: str | None
-    code: str | None
-    message: str
-    refused_workers: list[Refused]
-    refused_nodes: list[Refused]
-
-
 def handlers(o: Orchestrator) -> list[ControllerRouterHandler]:
     """Return the routes of management."""
-    return [*_health_routes(o), *_node_routes(o), *_worker_routes(o), *_download_routes(o),
-            *_model_routes(o), *_task_routes(o)]  # fmt: skip
+    return [
+        *_health_routes(o),
+        *node_routes(o),
+        *_placement_routes(o),
+        *_worker_routes(o),
+        *_download_routes(o),
+        *_model_routes(o),
+        *_task_routes(o),
+    ]
 
 
 def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -117,39 +102,17 @@ def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [health, ready, scrape]
 
 
-def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
-    @get("/v1/nodes")
-    async def list_nodes() -> NodeList:
-        """Return the machines of the pool."""
-        return NodeList([node.record() for node in o.registry.nodes()])
-
-    @get("/v1/nodes/{name:str}")
-    async def get_node(name: FromPath[str]) -> NodeRecord:
-        """Return one machine."""
-        return o.registry.node(name).record()
-
+def _placement_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/placements:explain", status_code=200)
     async def explain(request: Asked) -> PlacementExplained:
         """Say where a request would go now, and why nowhere else."""
         body: TaskBody = decode_strictly(await request.body(), TaskBody)
         model = body.model or o.settings.default_model
         refs.parse(model)
-        worker, node = await o.explain(Wants(model, body.node, body.backend, body.device))
-        return PlacementExplained(
-            worker_id=worker.worker_id,
-            node=node.node if node is not None else None,
-            code=node.code.value if node is not None and node.code is not None else None,
-            message=worker.message if node is None else f"{worker.message}; {node.message}",
-            refused_workers=[
-                Refused(candidate=r.candidate, code=r.code.value, why=r.why) for r in worker.refused
-            ],
-            refused_nodes=[
-                Refused(candidate=r.candidate, code=r.code.value, why=r.why)
-                for r in (node.refused if node is not None else ())
-            ],
-        )
+        wants = Wants(model, body.node, body.backend, body.device, labels=labels_of(body.labels))
+        return o.explain(wants)
 
-    return [list_nodes, get_node, explain]
+    return [explain]
 
 
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -208,7 +171,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Begin to fetch a model onto a node."""
         body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
-        node = await o.choose_node(Wants(body.model_ref, body.node))
+        node = o.node_for_download(Wants(body.model_ref, body.node))
         started = await o.provisioner.start_download(node, body.model_ref, peers=body.peers, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.
         node.downloads.setdefault(
@@ -257,7 +220,7 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/models")
     async def list_models() -> OpenAiModels:
         """Return the models that can be asked for without a download, in OpenAI's shape."""
-        return OpenAiModels(data=list((await _models(o)).values()))
+        return OpenAiModels(data=list(_models(o).values()))
 
     @get("/v1/models/{model:path}")
     async def get_model(request: Asked, model: FromPath[str]) -> OpenAiModel:
@@ -265,7 +228,7 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         # The framework folds `//` into `/`: the reference is in the path as it came.
         raw: bytes = request.scope.get("raw_path") or model.encode()
         name = unquote(raw.decode("latin-1").partition("?")[0].removeprefix("/v1/models/"))
-        found = (await _models(o)).get(name)
+        found = _models(o).get(name)
         if found is None:
             raise ArrieroError(
                 ErrorCode.MODEL_NOT_FOUND, f"no model {name[:200]!r}", param="model", model=name[:200]
@@ -275,12 +238,11 @@ def _model_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [list_models, get_model]
 
 
-async def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
-    catalogs: list[ModelRecord] = [model for _, model in await o.provisioner.catalogs()]
+def _models(o: Orchestrator) -> dict[str, OpenAiModel]:
     found = {"demo": OpenAiModel(id="demo", created=0)}
     for record in o.registry.workers:
         found[record.model_ref] = OpenAiModel(id=record.model_ref, created=int(record.started_unix))
-    for model in catalogs:
+    for model in o.registry.views.models():
         found[model.model_ref] = OpenAiModel(id=model.model_ref, created=int(model.added_unix))
     return dict(sorted(found.items()))
 

@@ -1,0 +1,155 @@
+"""Which nodes are held, and who begins and ends that?  (`Membership`)"""
+
+import asyncio
+
+import msgspec
+
+from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.events import NodeStep
+from arriero.contracts.requests import NodeUpdateBody
+from arriero.fabrics.base import Fabric
+from arriero.orchestrator.links import NodeLink, Revive
+from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.reach import Line, Reach, SshReach, address_of
+from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.entropy import Entropy
+from arriero.runtime.http import Http
+
+
+class Membership:
+    """Holds a link to each registered machine and to this one; what changes is on disk first."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        store: NodeStore,
+        fabric: Fabric,
+        http: Http,
+        group: asyncio.TaskGroup,
+        clock: Clock,
+        entropy: Entropy,
+        *,
+        node_timeout_s: float,
+        machines: Machines,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._fabric = fabric
+        self._http = http
+        self._group = group
+        self._clock = clock
+        self._entropy = entropy
+        self._node_timeout_s = node_timeout_s
+        self._machines = machines
+        self._log = logs.get("arriero.nodes")
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def begin(self, local: Reach) -> None:
+        """Hold this machine's agent, whenever there is one, and all machines that are registered."""
+        for entry in await self._store.entries():
+            if entry.is_remote:
+                self._registry.add(entry)
+                self.hold(entry)
+            else:
+                self._registry.local_entries[entry.name] = entry
+        self._group.create_task(self.link(local).run(), name="link-local")
+
+    def link(self, reach: Reach, *, name: str | None = None, revive: Revive | None = None) -> NodeLink:
+        """Return a link over any reach; the caller runs it."""
+        return NodeLink(
+            self._registry,
+            reach,
+            self._clock,
+            self._entropy,
+            node_timeout_s=self._node_timeout_s,
+            name=name,
+            revive=revive,
+        )
+
+    def hold(self, entry: NodeEntry) -> None:
+        """Begin to hold a registered machine."""
+        reach = SshReach(entry, self._fabric, self._http, self._store, self._clock)
+        link = self.link(reach, name=entry.name, revive=self._reviving(entry))
+        self._tasks[entry.name] = self._group.create_task(link.run(), name=f"link-{entry.name}")
+
+    def _reviving(self, entry: NodeEntry) -> Revive:
+        async def revive(line: Line) -> None:
+            self._log.warning("its agent does not come back by itself", node=entry.name)
+            await self._machines.start(line.connection, entry.install_path, entry.name, _unheard)
+
+        return revive
+
+    def is_held(self, name: str) -> bool:
+        """Return whether a registered machine's link runs."""
+        return name in self._tasks
+
+    async def let_go(self, name: str) -> None:
+        """End the link to a registered machine, and its connection; safe to call twice."""
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def register(self, entry: NodeEntry) -> Node:
+        """Keep a machine and begin to hold it."""
+        await self._store.save(entry)
+        node = self._registry.add(entry)
+        self.hold(entry)
+        return node
+
+    async def forget(self, name: str) -> None:
+        """Keep nothing of a machine.  Raises NODE_NOT_FOUND."""
+        await self.let_go(name)
+        await self._store.forget(name)
+        self._registry.removed(name)
+
+    def remote(self, name: str) -> NodeEntry:
+        """Return a registered machine's entry.  Raises NODE_NOT_FOUND; INVALID_REQUEST for this machine."""
+        entry = self._registry.node(name).entry
+        if not entry.is_remote:
+            fail(
+                ErrorCode.INVALID_REQUEST,
+                f"{name} is this machine: its agent is started and ended by `arriero up` and `arriero down`",
+                node=name,
+            )
+        return entry
+
+    async def update(self, name: str, body: NodeUpdateBody) -> Node:
+        """Change what is kept of a machine; one whose address changed is connected anew.
+
+        Raises NODE_NOT_FOUND, INVALID_REQUEST; then nothing is changed.
+        """
+        before = self._registry.node(name).entry
+        changes: dict[str, object] = {}
+        if body.labels:
+            merged = {**before.labels, **body.labels}
+            changes["labels"] = {key: value for key, value in merged.items() if value}
+        if body.mac is not None:
+            changes["mac"] = body.mac.lower().replace("-", ":")
+        where = {"ssh": body.ssh, "key_path": body.key_path, "host_key": body.accept_host_key}
+        moved = {key: value for key, value in where.items() if value is not None}
+        if moved:
+            self.remote(name)
+        after = msgspec.structs.replace(before, **changes, **moved)
+        if after.is_remote:
+            address_of(after)
+        await self._store.save(after)
+        if moved and after != before:
+            await self.let_go(name)
+        node = self._registry.changed_entry(after)
+        if moved and after != before:
+            self.hold(after)
+        return node
+
+    async def wish_drained(self, name: str, *, is_drained: bool) -> Node:
+        """Give a node no new work, or give it work again.  Raises NODE_NOT_FOUND."""
+        entry = msgspec.structs.replace(self._registry.node(name).entry, is_drained=is_drained)
+        await self._store.save(entry)
+        return self._registry.changed_entry(entry)
+
+
+def _unheard(_: NodeStep) -> None:
+    """Tell nobody."""

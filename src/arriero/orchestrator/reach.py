@@ -1,0 +1,277 @@
+"""By which way are a node's agent and its workers talked to from here?
+
+A `Line` is such a way while it holds: this machine's loopback, or one SSH connection.  A `Reach`
+makes lines, and finds the agent at their other end.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import NodeStep
+from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.contracts.records import Capabilities, RunRecord
+from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
+from arriero.fabrics.ssh import check_key_file
+from arriero.orchestrator.store.nodes import NodeEntry
+from arriero.orchestrator.upstream import Address
+from arriero.runtime.clock import Clock
+from arriero.runtime.http import Http, Peer
+from arriero.runtime.state_dir import StateDir
+
+RUN_FILE_BYTES_MAX: Final = 65_536
+#: While a machine does not answer, a new attempt begins so often beside those that still wait: a
+#: packet that was lost is sent again after 1, 3, 7 s, and a link may be mended at any time.
+ATTEMPT_EVERY_S: Final = 1.0
+ATTEMPTS_AT_ONCE: Final = 5
+
+
+class Line:
+    """One way to a node, and which local ends lead to its ports."""
+
+    def __init__(self, connection: Connection, http: Http, *, holder_id: str, lease: int) -> None:
+        self.connection = connection
+        #: Number of the lease that we hold on the node for as long as this line lasts.
+        self.lease = lease
+        self.fence = str(Fence(holder_id, lease))
+        self._http = http
+        self._ends: dict[int, LocalEnd] = {}
+        self.is_gone = False
+
+    async def open(self, url: str) -> None:
+        """Have an end for the port in a daemon's `url`.  Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED."""
+        port = Address.of(url, "").port
+        if port not in self._ends:
+            self._ends[port] = await self.connection.forward(port)
+
+    async def shut(self, url: str) -> None:
+        """Close the end of a daemon that is gone.  Safe to call twice."""
+        port = Address.of(url, "").port
+        end = self._ends.pop(port, None)
+        if isinstance(end, SocketPath):
+            await self._http.forget(str(end.path))
+        await self.connection.unforward(port)
+
+    def end(self, url: str) -> LocalEnd | None:
+        """Return the end that leads to a daemon; None before `open`."""
+        return self._ends.get(Address.of(url, "").port)
+
+    def address(self, url: str, token: str) -> Address:
+        """Return where requests to a daemon go.  Raises NODE_UNREACHABLE before `open`."""
+        told = Address.of(url, token)
+        end = self._ends.get(told.port)
+        if end is None:
+            fail(ErrorCode.NODE_UNREACHABLE, f"no way leads to port {told.port} yet")
+        path = str(end.path) if isinstance(end, SocketPath) else ""
+        return Address(told.host, told.port, token, path, self.fence)
+
+    def peer(self, url: str, token: str) -> Peer:
+        """Return a caller of a daemon.  Raises NODE_UNREACHABLE before `open`."""
+        address = self.address(url, token)
+        headers = {FENCE_HEADER: self.fence}
+        return self._http.peer(url, token, socket_path=address.socket_path, headers=headers)
+
+    async def forget(self) -> None:
+        """Close what still goes through its ends; the connection itself is somebody else's to close."""
+        self.is_gone = True
+        ends, self._ends = self._ends, {}
+        for end in ends.values():
+            if isinstance(end, SocketPath):
+                await self._http.forget(str(end.path))
+
+
+class Leases(Protocol):
+    """Who hands out fencing numbers (the orchestrator's store)."""
+
+    holder_id: str
+
+    async def next_lease(self, above: int = 0) -> int:
+        """Return a number larger than all before, and than `above`."""
+        ...
+
+
+class Reach(Protocol):
+    """How one node is reached, again and again."""
+
+    async def line(self) -> Line:
+        """Return the line that holds, a new one where there is none.
+
+        Raises NODE_UNREACHABLE, and what logging in may raise.
+        """
+        ...
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Return how the agent is talked to.  Raises NOT_RUNNING, NODE_UNREACHABLE."""
+        ...
+
+    async def drop(self, above: int = 0) -> None:
+        """End the line that holds; the next one is a new one.  Safe to call twice.
+
+        `above`: its lease has a number larger than that, under which another held the node.
+        """
+        ...
+
+
+class LocalReach:
+    """The agent of this machine, found by its run file; a new one takes its place there."""
+
+    def __init__(self, state_dir: StateDir, http: Http, leases: Leases, connection: Connection) -> None:
+        self._state_dir = state_dir
+        self._http = http
+        self._leases = leases
+        self._connection = connection
+        self._line: Line | None = None
+        self._above = 0
+
+    async def line(self) -> Line:
+        """Return the one line: this machine does not go away while we live."""
+        if self._line is None:
+            lease = await self._leases.next_lease(self._above)
+            self._line = Line(self._connection, self._http, holder_id=self._leases.holder_id, lease=lease)
+        return self._line
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Return the run record of an agent whose process lives."""
+        record = self._state_dir.running("agent")
+        if record is None:
+            fail(ErrorCode.NOT_RUNNING, "no agent runs on this machine")
+        return record
+
+    async def drop(self, above: int = 0) -> None:
+        """Keep the line, of which nothing can be cut, unless it needs a larger number."""
+        if above:
+            self._above = above
+            self._line = None
+
+
+class SshReach:
+    """A machine behind SSH: one connection, and the agent's run file there."""
+
+    def __init__(self, entry: NodeEntry, fabric: Fabric, http: Http, leases: Leases, clock: Clock) -> None:
+        self._entry = entry
+        self._fabric = fabric
+        self._http = http
+        self._leases = leases
+        self._clock = clock
+        self._line: Line | None = None
+        self._above = 0
+
+    async def line(self) -> Line:
+        """Return the line that holds, else connect: several attempts run beside each other."""
+        if self._line is None:
+            connection = await self._connect()
+            lease = await self._leases.next_lease(self._above)
+            self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
+        return self._line
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Read the agent's run file there; whether its process lives shows when it is talked to."""
+        return await read_run_record(self._entry, line.connection)
+
+    async def drop(self, above: int = 0) -> None:
+        """Close the connection, and with it every stream that went over it."""
+        self._above = max(self._above, above)
+        line, self._line = self._line, None
+        if line is not None:
+            await line.forget()
+            await line.connection.aclose()
+
+    async def _connect(self) -> Connection:
+        address = address_of(self._entry)
+        found: Connection | None = None
+        failed: ArrieroError | None = None
+        done = asyncio.Event()
+        running = 0
+
+        async def attempt() -> None:
+            nonlocal found, failed, running
+            running += 1
+            try:
+                connection = await self._fabric.connect(address)
+                if found is None:
+                    found = connection
+                else:
+                    await connection.aclose()
+            except ArrieroError as error:
+                failed = error
+            finally:
+                running -= 1
+                done.set()
+
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            while found is None and failed is None:
+                if running < ATTEMPTS_AT_ONCE:
+                    tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
+                waiter = group.create_task(done.wait(), name="connected")
+                tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
+                await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
+                waiter.cancel()
+                tick.cancel()
+            for task in tasks:
+                task.cancel()
+        if found is None:
+            assert failed is not None
+            raise failed
+        return found
+
+
+def address_of(entry: NodeEntry) -> NodeAddress:
+    """Return the address of a registered machine.  Raises INVALID_REQUEST if it is not well formed."""
+    return NodeAddress.parse(
+        entry.ssh,
+        key_path=entry.key_path or None,
+        host_key=entry.host_key or None,
+        install_path=entry.install_path,
+    )
+
+
+async def read_run_record(entry: NodeEntry, connection: Connection) -> RunRecord:
+    """Return the run record of the agent on a registered machine.  Raises NOT_RUNNING, NODE_UNREACHABLE."""
+    path = f"{entry.install_path}/home/run/agent.json"
+    try:
+        content = await connection.read(path, bytes_max=RUN_FILE_BYTES_MAX)
+        return msgspec.json.decode(content, type=RunRecord)
+    except msgspec.DecodeError as error:
+        raise ArrieroError(ErrorCode.NOT_RUNNING, "the agent's run file is not whole") from error
+    except ArrieroError as error:
+        if error.code is ErrorCode.NOT_FOUND:
+            raise ArrieroError(
+                ErrorCode.NOT_RUNNING, f"no agent runs on {entry.name}", node=entry.name
+            ) from error
+        raise
+
+
+async def ask_capabilities(
+    entry: NodeEntry, connection: Connection, http: Http, leases: Leases
+) -> Capabilities:
+    """Return what the agent of a machine tells of it, over a connection of its own.
+
+    Raises NOT_RUNNING, NODE_UNREACHABLE.
+    """
+    line = Line(connection, http, holder_id=leases.holder_id, lease=await leases.next_lease())
+    record = await read_run_record(entry, connection)
+    await line.open(record.url)
+    try:
+        return await line.peer(record.url, record.token).call("GET", "/v1/capabilities", answer=Capabilities)
+    finally:
+        await line.shut(record.url)
+
+
+async def connect(fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]) -> Connection:
+    """Connect to a machine for a piece of work, telling each step.
+
+    The key's file is checked before anything is sent.  Raises SSH_KEY_UNUSABLE, SSH_HOST_KEY_UNKNOWN,
+    SSH_HOST_KEY_CHANGED, SSH_AUTH_FAILED, NODE_UNREACHABLE.
+    """
+    address = address_of(entry)
+    if address.key_path is not None:
+        await asyncio.to_thread(check_key_file, address.key_path)
+        tell(NodeStep(step="key", message=f"the key {address.key_path} is there and nobody else's to read"))
+    tell(NodeStep(step="connect", message=f"connects to {address}"))
+    connection = await fabric.connect(address)
+    tell(NodeStep(step="login", message=f"{address} let us in; its host key is the one that is known"))
+    return connection

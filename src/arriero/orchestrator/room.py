@@ -1,0 +1,381 @@
+"""Where does a new worker go, and what has to happen before it has room there?  (`RoomFinder`)
+
+What is decided stands in `domain` (`placement_nodes`, `placement_eviction`, `placement_turns`,
+`placement_wake`); here it is waited for.  Whoever waits stands in a line: the first one that wants a
+node's memory has it first.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Final, NoReturn
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import TaskPlacing
+from arriero.contracts.states import NodeState
+from arriero.domain.placement_eviction import ANY, IDLE_ONLY, READY_ONES, Eviction, Stage, plan_eviction
+from arriero.domain.placement_ledger import Movement
+from arriero.domain.placement_memory import Needed
+from arriero.domain.placement_nodes import (
+    Candidate,
+    NodeChoice,
+    NodeView,
+    candidates,
+    chosen_node,
+    no_node,
+)
+from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
+from arriero.domain.placement_wake import choose_sleeper
+from arriero.domain.placement_wants import ModelFacts, Wants, count, gib
+from arriero.orchestrator.nodes import NodeRegistry
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.settings import Settings
+from arriero.runtime.wake import parse_target, wake
+
+#: Between two looks of the first in line: the end of a request is no news of its own.
+LOOK_S: Final = 0.25
+#: Between two looks of those behind it.
+LOOK_BEHIND_S: Final = 1.0
+#: A machine that is being woken is called again after so long.
+WAKE_AGAIN_S: Final = 10.0
+#: Requests that run on a worker which is to make room may take so long to end.
+CLOSING_S: Final = 600.0
+#: Beyond the agent's own grace time, until a stopped worker is known to be gone.
+STOP_EXTRA_S: Final = 10.0
+
+Tell = Callable[[TaskPlacing], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A node for a new worker, its memory reserved; these workers of it are to be stopped first."""
+
+    node: str
+    message: str
+    movement: Movement | None = None
+    victims: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> str | None:
+        """The device that room is made on; None: the agent chooses."""
+        return self.movement.device if self.movement is not None and self.victims else None
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What would happen to a new worker now: for people, nothing is done."""
+
+    choice: NodeChoice
+    candidates: list[Candidate]
+    needed: Needed | None
+    #: What would be stopped; None: nothing, or that would not help.
+    eviction: Eviction | None = None
+    #: Whether what would be stopped computes now, and is waited for.
+    waits: bool = False
+    #: The machine that would be woken.
+    sleeper: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    since_s: float
+    #: The node whose memory it waits for.
+    node: str | None = None
+    failed: dict[str, ArrieroError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    message: str
+    again_s: float
+
+
+class RoomFinder:
+    """Finds nodes for new workers; makes room, wakes machines."""
+
+    def __init__(self, registry: NodeRegistry, clock: Clock, settings: Settings) -> None:
+        self._registry = registry
+        self._views = registry.views
+        self._clock = clock
+        self._limits = limits_of(settings.starvation_s)
+        self._stop_limit_s = settings.stop_grace_s + STOP_EXTRA_S
+        self._wake_timeout_s = settings.wake_timeout_s
+        self._wake_target = parse_target(settings.wake_address)
+        self._line: list[_Waiter] = []
+        self._log = logs.get("arriero.placement")
+
+    def choose(self, wants: Wants) -> NodeChoice:
+        """Return which node would take a new worker now, as things are."""
+        facts, needed = self._views.facts(wants.model_ref), self._views.needed(wants.model_ref)
+        full_mb = needed.full_mb if needed is not None else None
+        for needed_mb in (full_mb,) if needed is None else (full_mb, needed.least_mb):
+            view = self._views.index.best(wants, needed_mb, facts)
+            if view is not None:
+                return chosen_node(view, wants, needed_mb)
+        return no_node(self._views.nodes(), wants, full_mb, facts)
+
+    def choose_disk(self, wants: Wants) -> NodeChoice:
+        """Return which node a model is fetched to, whatever its memory holds now."""
+        facts = self._views.facts(wants.model_ref)
+        # A disk is a disk, also where the engine for the accelerator is missing.
+        for able in (wants, replace(wants, backend="cpu")):
+            view = self._views.index.best(able, None, facts)
+            if view is not None:
+                return chosen_node(view, able, None)
+        return no_node(self._views.nodes(), wants, None, facts)
+
+    def foresee(self, wants: Wants) -> Foreseen:
+        """Return what would happen to a new worker now."""
+        facts, needed = self._views.facts(wants.model_ref), self._views.needed(wants.model_ref)
+        choice = self.choose(wants)
+        full_mb = needed.full_mb if needed is not None else None
+        listed = candidates(self._views.nodes(), wants, full_mb, facts)
+        if choice.node is not None or needed is None:
+            sleeper = None
+            if choice.node is None:
+                sleeper = choose_sleeper(self._views.nodes(), wants, None, facts)
+            return Foreseen(choice, listed, needed, sleeper=sleeper.name if sleeper else None)
+        for needed_mb in dict.fromkeys((needed.full_mb, needed.least_mb)):
+            for stages, waits in ((IDLE_ONLY, False), (READY_ONES, True)):
+                plan = self._plan(wants, needed_mb, facts, stages)
+                if plan is not None:
+                    return Foreseen(choice, listed, needed, eviction=plan, waits=waits)
+        asleep = choose_sleeper(self._views.nodes(), wants, needed.full_mb, facts)
+        return Foreseen(choice, listed, needed, sleeper=asleep.name if asleep is not None else None)
+
+    async def find(self, wants: Wants, tell: Tell, *, learned_mb: int | None = None) -> Found:
+        """Return a node with room, as long as it takes for others to make it.
+
+        `learned_mb`: what an agent reckoned, where our own guess was too small.  Whoever has the
+        answer uses it, or gives the reservation back.  Raises why no node can take the worker.
+        """
+        waiter = _Waiter(self._clock.monotonic_s())
+        told = ""
+        self._line.append(waiter)
+        try:
+            while True:
+                step = self._look(wants, waiter, learned_mb)
+                if isinstance(step, Found):
+                    return step
+                if isinstance(step, NodeView):
+                    await self._wake(step, waiter, tell)
+                    continue
+                if step.message != told:
+                    told = step.message
+                    tell(TaskPlacing(node=waiter.node, actor="orchestrator", message=told))
+                await self._changed(min(step.again_s, LOOK_S if self._is_first(waiter) else LOOK_BEHIND_S))
+        finally:
+            self._line.remove(waiter)
+
+    def give_up(self, found: Found) -> None:
+        """Take back what was reserved and closed for a worker that will not be made."""
+        if found.movement is not None:
+            self._views.unreserve(found.movement)
+        self._views.stay(found.victims)
+
+    # --- Looking: nothing is awaited between a look and what follows from it ----------------------
+
+    def _look(self, wants: Wants, waiter: _Waiter, learned_mb: int | None) -> Found | NodeView | _Wait:
+        wants = replace(wants, excluded=wants.excluded | waiter.failed.keys())
+        facts = self._views.facts(wants.model_ref)
+        needed = _larger(self._views.needed(wants.model_ref), learned_mb)
+        full_mb = needed.full_mb if needed is not None else None
+        view = self._views.index.best(wants, full_mb, facts)
+        if view is not None:
+            return self._found(chosen_node(view, wants, full_mb), wants, full_mb)
+        if needed is None:
+            sleeper = choose_sleeper(self._views.nodes(), wants, None, facts)
+            return sleeper if sleeper is not None else self._none(wants, waiter, None, facts)
+        idle = self._make_room(wants, waiter, needed.full_mb, facts)
+        if idle is not None:
+            return idle
+        if needed.least_mb < needed.full_mb:
+            view = self._views.index.best(wants, needed.least_mb, facts)
+            if view is not None:
+                reduced = chosen_node(view, wants, needed.least_mb)
+                message = f"{reduced.message}, with less context than the model could have"
+                return self._found(replace(reduced, message=message), wants, needed.least_mb)
+        wait = self._wait_for_room(wants, waiter, needed.full_mb, facts)
+        if isinstance(wait, Found):
+            return wait
+        sleeper = choose_sleeper(self._views.nodes(), wants, needed.full_mb, facts)
+        if sleeper is not None and (wait is None or wait.again_s > sleeper.wake_cost_s):
+            return sleeper
+        if wait is None and needed.least_mb < needed.full_mb:
+            wait = self._make_room(wants, waiter, needed.least_mb, facts) or self._wait_for_room(
+                wants, waiter, needed.least_mb, facts
+            )
+        if wait is None:
+            waiter.node = None
+            return self._none(wants, waiter, full_mb, facts)
+        return wait
+
+    def _make_room(
+        self, wants: Wants, waiter: _Waiter, needed_mb: int, facts: ModelFacts
+    ) -> Found | _Wait | None:
+        """Have idle workers go, in this one's turn; None if that would not be enough."""
+        plan = self._plan(wants, needed_mb, facts, IDLE_ONLY)
+        if plan is None:
+            return None
+        return self._take_turn(plan, wants, waiter, needed_mb)
+
+    def _wait_for_room(
+        self, wants: Wants, waiter: _Waiter, needed_mb: int, facts: ModelFacts
+    ) -> Found | _Wait | None:
+        """Have workers go that compute now, in this one's turn, or wait for those that come and go."""
+        plan = self._plan(wants, needed_mb, facts, READY_ONES)
+        if plan is not None:
+            return self._take_turn(plan, wants, waiter, needed_mb)
+        plan = self._plan(wants, needed_mb, facts, ANY)
+        if plan is None:
+            return None
+        waiter.node = plan.node
+        message = (
+            f"{plan.node} has {gib(max(plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
+            f"{gib(needed_mb)} GiB: waits for workers there that load or end"
+        )
+        return _Wait(message, LOOK_BEHIND_S)
+
+    def _take_turn(self, plan: Eviction, wants: Wants, waiter: _Waiter, needed_mb: int) -> Found | _Wait:
+        waiter.node = plan.node
+        verdict = self._verdict(plan, waiter)
+        need = (
+            f"{plan.node} has {gib(max(plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
+            f"{gib(needed_mb)} GiB"
+        )
+        models = sorted({record.model_ref for record in map(self._registry.worker, plan.worker_ids)})
+        if verdict.turn is Turn.WAIT:
+            message = (
+                f"{need}: waits while {', '.join(models)} has requests there, "
+                f"{self._limits.starvation_s:g} s at most"
+            )
+            return _Wait(message, verdict.again_s)
+        self._views.leave(plan.worker_ids, wants.model_ref)
+        movement = self._views.reserve(plan.node, plan.device, needed_mb)
+        number = len(plan.worker_ids)
+        what = "stops what was used longest ago" if verdict.turn is Turn.GO else "its turn has come, stops"
+        message = f"{need}: {what}: {count(number, 'worker')} ({', '.join(models)})"
+        return Found(plan.node, message, movement, plan.worker_ids)
+
+    def _verdict(self, plan: Eviction, waiter: _Waiter) -> Verdict:
+        if not self._is_first(waiter):
+            return Verdict(Turn.WAIT, LOOK_BEHIND_S)
+        waited_s = self._clock.monotonic_s() - waiter.since_s
+        return turn(map(self._views.place, plan.worker_ids), waited_s, self._limits)
+
+    def _is_first(self, waiter: _Waiter) -> bool:
+        """Return whether nobody who came earlier waits for the same node."""
+        for other in self._line:
+            if other is waiter:
+                return True
+            if other.node == waiter.node:
+                return False
+        return True
+
+    def _plan(
+        self, wants: Wants, needed_mb: int, facts: ModelFacts, stages: frozenset[Stage]
+    ) -> Eviction | None:
+        occupants = self._views.occupants()
+        return plan_eviction(self._views.nodes(), occupants, wants, needed_mb, facts=facts, stages=stages)
+
+    def _found(self, choice: NodeChoice, wants: Wants, needed_mb: int | None) -> Found:
+        assert choice.node is not None, "a node was chosen"
+        view = self._views.node(choice.node)
+        room = view.room(wants) if view is not None else None
+        movement = None
+        if room is not None and needed_mb is not None:
+            movement = self._views.reserve(choice.node, room.device, needed_mb)
+        return Found(choice.node, choice.message, movement)
+
+    def _none(self, wants: Wants, waiter: _Waiter, needed_mb: int | None, facts: ModelFacts) -> NoReturn:
+        if waiter.failed:
+            raise next(iter(waiter.failed.values()))
+        choice = no_node(self._views.nodes(), wants, needed_mb, facts)
+        refused = {refusal.candidate: refusal.why for refusal in choice.refused}
+        fail(choice.code or ErrorCode.NO_CAPACITY, choice.message, model_ref=wants.model_ref, refused=refused)
+
+    # --- Making room ----------------------------------------------------------------------------
+
+    async def clear(self, found: Found) -> None:
+        """Stop the workers that make room, once nothing computes on them, and wait until they are gone.
+
+        Raises NO_CAPACITY if that takes too long, and what their agent answers.
+        """
+        if not found.victims:
+            return
+        self._log.info("making room", node=found.node, workers=list(found.victims))
+        node = self._registry.reachable(found.node)
+        try:
+            async with asyncio.timeout(CLOSING_S):
+                while any(self._views.place(worker_id).requests for worker_id in self._live(found)):
+                    await self._changed(LOOK_S)
+            async with asyncio.timeout(self._stop_limit_s):
+                for worker_id in self._live(found):
+                    await node.peer.call("DELETE", f"/v1/workers/{worker_id}")
+                while self._live(found):
+                    await self._changed(LOOK_S)
+        except TimeoutError:
+            left = self._live(found)
+            fail(
+                ErrorCode.NO_CAPACITY,
+                f"{', '.join(left)} on {found.node} did not make room in time",
+                node=found.node,
+                workers=left,
+            )
+
+    def _live(self, found: Found) -> list[str]:
+        return [worker_id for worker_id in found.victims if worker_id in self._registry.workers]
+
+    # --- Waking ---------------------------------------------------------------------------------
+
+    async def _wake(self, node: NodeView, waiter: _Waiter, tell: Tell) -> None:
+        """Wake a machine and wait until it is in the pool; note it among the failed if it does not come."""
+        waiter.node = node.name
+        limit_s = self._wake_timeout_s
+        message = f"{node.name} sleeps, and nothing that is awake has room: wakes it ({node.mac})"
+        tell(TaskPlacing(node=node.name, actor="orchestrator", message=message))
+        started_s = self._clock.monotonic_s()
+        try:
+            async with asyncio.timeout(limit_s):
+                while not await self._is_back(node):
+                    message = f"waits for {node.name} to wake, {limit_s:g} s at most"
+                    tell(TaskPlacing(node=node.name, actor="orchestrator", message=message))
+        except ArrieroError as error:
+            waiter.failed[node.name] = error
+            return
+        except TimeoutError:
+            waiter.failed[node.name] = ArrieroError(
+                ErrorCode.NODE_UNREACHABLE, f"{node.name} did not wake within {limit_s:g} s", node=node.name
+            )
+            return
+        took_s = self._clock.monotonic_s() - started_s
+        tell(TaskPlacing(node=node.name, actor=node.name, message=f"is awake after {took_s:.0f} s"))
+
+    async def _is_back(self, node: NodeView) -> bool:
+        """Send the packet and wait a while for the node; return whether it is there."""
+        await wake(node.mac, self._wake_target)
+        deadline_s = self._clock.monotonic_s() + WAKE_AGAIN_S
+        while True:
+            view = self._views.node(node.name)
+            if view is not None and view.state is NodeState.READY:
+                return True
+            left_s = deadline_s - self._clock.monotonic_s()
+            if left_s <= 0:
+                return False
+            await self._changed(left_s)
+
+    async def _changed(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(max(timeout_s, 0.01)):
+                await self._registry.changed.wait()
+        except TimeoutError:
+            return
+
+
+def _larger(needed: Needed | None, learned_mb: int | None) -> Needed | None:
+    """Return what is needed where an agent reckoned it: it tried with the least context as well."""
+    if learned_mb is None:
+        return needed
+    full_mb = max(learned_mb, needed.full_mb if needed is not None else 0)
+    return Needed(full_mb, full_mb)
