@@ -14,6 +14,7 @@ import pytest_asyncio
 from tests.support.machines import Told, reached, small_package
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
@@ -255,6 +256,36 @@ async def test_an_upgrade_goes_beside_and_back(
     await machines_of(dist, package).remove(connection, str(there), told, purge=True)
     assert names(there) == ["mine"]
     assert "not arriero's was left" in told.of("clean")
+
+
+async def test_one_that_is_interrupted_leaves_nothing(
+    connection: Connection, there: Path, dist: Path, tmp_path: Path, told: Told
+) -> None:
+    machines = machines_of(dist, small_package(tmp_path))
+    found = await machines.survey(connection, str(there), told)
+    begun = asyncio.Event()
+
+    def tell(step: NodeStep) -> None:
+        told(step)
+        if "making the environment" in step.message:
+            begun.set()
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(machines.install(connection, found, tell, carry=True))
+        await begun.wait()
+        task.cancel()
+    assert "nothing is left" in told.of("rollback") and not there.parent.exists()
+
+
+async def test_a_whole_installation_can_be_undone(
+    connection: Connection, there: Path, dist: Path, tmp_path: Path, told: Told
+) -> None:
+    machines = machines_of(dist, small_package(tmp_path))
+    first = await installed(connection, machines, there, told)
+    await machines.remove(connection, str(there), told, purge=False)
+    assert not (await installed(connection, machines, there, told)).is_new
+    await machines.roll_back(connection, first, told)
+    assert not there.parent.exists() and "nothing is left" in told.of("rollback")
 
 
 async def test_two_at_once_on_one_machine(

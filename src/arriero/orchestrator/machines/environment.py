@@ -1,6 +1,7 @@
 """How does a machine get this version of arriero, whole or not at all?"""
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,8 @@ MARGIN_S: Final = 180.0
 BUILD_TIMEOUT_S: Final = 900.0
 INDEX_TIMEOUT_S: Final = 25.0
 UNDO_TIMEOUT_S: Final = 120.0
+#: Somebody waits for a command that was interrupted to end.
+UNDO_CANCELLED_S: Final = 30.0
 #: A small package of the lock, of pure Python: an index that has it is asked for all.
 _ASKED_FOR: Final = "sniffio"
 
@@ -48,6 +51,8 @@ class Installation:
     previous: str | None
     #: False: it was there, and nothing was done.
     is_new: bool
+    #: Whether an agent's home was there before, with the models of a node that was removed.
+    had_home: bool = True
 
 
 async def install(
@@ -68,7 +73,7 @@ async def install(
         tell(NodeStep(step="install", message=f"arriero {version} is there already ({packed.tag})"))
         return Installation(packed.tag, version, path, python, _before(survey), is_new=False)
     try:
-        await ask(connection, python, "prepare", timeout_s=PREPARE_TIMEOUT_S, path=path)
+        prepared = await ask(connection, python, "prepare", timeout_s=PREPARE_TIMEOUT_S, path=path)
         if packed.tag not in survey.environments:
             own = {
                 packed.path.name: packed.path,
@@ -84,10 +89,25 @@ async def install(
             timeout_s_of_pip=BUILD_TIMEOUT_S,
         )  # fmt: skip
     except ArrieroError as error:
-        await _undo(connection, python, path, error, tell)
+        # What is unreachable cannot be rolled back: the next one goes on there.
+        if error.code is not ErrorCode.NODE_UNREACHABLE:
+            await _undo(connection, python, path, tell)
+        raise
+    except asyncio.CancelledError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNDO_CANCELLED_S):
+                await _undo(connection, python, path, tell)
         raise
     tell(NodeStep(step="install", message=f"arriero {version} is installed in {path}"))
-    return Installation(packed.tag, version, path, python, built["previous"], is_new=built["is_new"])
+    return Installation(
+        packed.tag,
+        version,
+        path,
+        python,
+        built["previous"],
+        is_new=built["is_new"],
+        had_home=prepared["has_home"],
+    )
 
 
 async def switch_back(connection: Connection, installation: Installation, tell: Tell) -> None:
@@ -138,11 +158,29 @@ async def _supply(
     return True
 
 
-async def _undo(connection: Connection, python: str, path: str, error: ArrieroError, tell: Tell) -> None:
-    if error.code is ErrorCode.NODE_UNREACHABLE:
+async def roll_back(connection: Connection, installation: Installation, tell: Tell) -> None:
+    """Undo an installation that came to its end, once its agent is stopped; nothing if it did nothing.
+
+    Raises NODE_UNREACHABLE.
+    """
+    if not installation.is_new:
         return
+    if installation.previous is not None:
+        await switch_back(connection, installation, tell)
+        return
+    await _undo(
+        connection, installation.python, installation.install_path, tell, drop=installation.tag,
+        keeps_home=installation.had_home,
+    )  # fmt: skip
+
+
+async def _undo(
+    connection: Connection, python: str, path: str, tell: Tell, *, drop: str = "", keeps_home: bool = True
+) -> None:
     try:
-        undone = await ask(connection, python, "undo", timeout_s=UNDO_TIMEOUT_S, path=path)
+        undone = await ask(
+            connection, python, "undo", timeout_s=UNDO_TIMEOUT_S, path=path, drop=drop, keeps_home=keeps_home
+        )
     except ArrieroError as failure:
         tell(NodeStep(step="rollback", message=f"could not be rolled back: {failure.message}"))
         return

@@ -45,7 +45,7 @@ def prepare(path: str) -> Facts:
         write(root / MARKER, {"made": made})
     for name in ("envs", "carried", "carried/wheels"):
         (root / name).mkdir(mode=0o700, exist_ok=True)
-    return {"current": current(root), "environments": whole(root)}
+    return {"has_home": (root / "home").exists()}
 
 
 def held(path: str, files: dict[str, str]) -> list[str]:
@@ -153,17 +153,24 @@ def _remove_environment(root: Path, tag: str) -> None:
     shutil.rmtree(environment, ignore_errors=True)
 
 
-def undo(path: str) -> Facts:
-    """Take away what an installation that failed left, if nothing was installed before; else keep that."""
+def undo(path: str, drop: str, keeps_home: bool) -> Facts:
+    """Take away what an installation left, and the environment `drop`, unless something else is installed.
+
+    The agent's home stays where it was there before: models may be in it.
+    """
     root = Path(path).absolute()
     if not (root / MARKER).is_file():
         return {"is_clean": not root.exists()}
     with turn(root):
+        if drop:
+            _remove_environment(root, drop)
         for half in (root / "envs").glob("*"):
             if not (half / WHOLE).is_file():
                 shutil.rmtree(half, ignore_errors=True)
-        if not whole(root) and not (root / "home").exists():
-            remove_all(root)
+        if not whole(root):
+            (root / "current").unlink(missing_ok=True)
+            if not (keeps_home and (root / "home").exists()):
+                remove_all(root)
     return {"is_clean": not root.exists()}
 
 

@@ -50,6 +50,11 @@ class Machines:
         """Go back to the environment before, see `environment.switch_back`."""
         await environment.switch_back(connection, installation, tell)
 
+    async def roll_back(self, connection: Connection, installation: Installation, tell: Tell) -> None:
+        """Stop the agent and undo an installation, see `environment.roll_back`."""
+        await self.stop(connection, installation.install_path, tell)
+        await environment.roll_back(connection, installation, tell)
+
     async def start(self, connection: Connection, install_path: str, name: str, tell: Tell) -> None:
         """Start the agent, see `running.start`."""
         await running.start(
