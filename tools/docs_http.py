@@ -7,8 +7,10 @@ from typing import Any, cast
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
+from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
+from arriero.agent.routes.engines import engine_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.stock import stock_routes
 from arriero.agent.routes.workers import worker_routes
@@ -55,10 +57,12 @@ def rows() -> dict[str, list[Row]]:
     agent = [
         *node_routes(NOTHING, NOTHING, NOTHING, stop=NOTHING),
         *worker_routes(NOTHING, NOTHING, stop=NOTHING),
+        *admin_routes(NOTHING, NOTHING),
         *catalog_routes(NOTHING),
         *estimate_routes(NOTHING, NOTHING),
         *stock_routes(NOTHING, NOTHING, NOTHING, inspect=NOTHING),
         *download_routes(NOTHING, NOTHING),
+        *engine_routes(NOTHING, NOTHING, NOTHING),
     ]
     return {
         "Orchestrator": sorted([*litestar_rows(handlers(NOTHING)), *STREAM_ROUTES]),

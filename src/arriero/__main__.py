@@ -19,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from arriero.cli.commands import daemons
 
         return daemons.main(given)
+    if first == "keep-agent":
+        from arriero.cli import keeper
+
+        return keeper.main()
     from arriero.cli.main import run
 
     code = run(given)

@@ -105,7 +105,7 @@ async def _fetched(folder: Path, offer: PeerOffer, on_bytes: Callable[[], None] 
 async def _fetcher() -> AsyncGenerator[Fetcher, None]:
     limits = small_limits(progress_bytes=2**40, stall_s=10.0).fetch
     async with Http() as http:
-        yield Fetcher(http.session, SystemClock(), SeededEntropy(7), limits)
+        yield Fetcher(http.session(), SystemClock(), SeededEntropy(7), limits)
 
 
 class _Watch:

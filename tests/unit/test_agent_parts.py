@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arriero.agent.child import worker_argv
+from arriero.agent.engine_builds import FoundBuild, this_platform
 from arriero.agent.events import QUEUE_MAX, Feed
 from arriero.agent.held import callback_token
 from arriero.agent.machine import Machine, seen_by_engine_alone
@@ -18,7 +19,7 @@ from arriero.agent.spawner import worker_env
 from arriero.agent.worker_logs import follow, prune, rotate
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentSnapshot
-from arriero.contracts.records import Capabilities
+from arriero.contracts.records import Capabilities, EngineBuild
 from arriero.domain.preflight import Promise, Promises, Wish
 from arriero.engines.base import EngineSpec, Estimate
 from arriero.engines.fake import Fake
@@ -159,7 +160,8 @@ def test_a_worker_command_is_split_as_a_shell_would() -> None:
 
 def machine(tmp_path: Path) -> Machine:
     cpu = EngineDevice("cpu", 0, "a processor", 0, 0)
-    made = Machine(node="n", home=tmp_path, engines={}, engine_devices=[cpu])
+    own = FoundBuild(EngineBuild(name="cpu", version="1", is_own=True, backends=["cpu"]), (cpu,))
+    made = Machine(node="n", home=tmp_path, engines={}, builds=[own], platform=this_platform())
     made.look()
     return made
 

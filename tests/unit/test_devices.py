@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from arriero.contracts.records import DeviceRecord
-from arriero.engines.llamacpp_backends import EngineDevice, engine_devices, read_devices
+from arriero.engines.llamacpp_backends import EngineDevice, ask, engine_devices, read_devices
 from arriero.runtime import devices
 from arriero.runtime.devices import Memory, metal, nvidia
 
@@ -161,6 +161,19 @@ def test_the_installed_engine_tells_what_it_was_built_for() -> None:
 
 def test_an_engine_that_cannot_be_asked_has_no_devices() -> None:
     assert engine_devices(python="/nonexistent/python") == ()
+
+
+def test_an_engine_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
+    assert ask(python="/nonexistent/python").problem.startswith("cannot be asked: ")
+    assert ask(tmp_path).problem == "the folder has no xllamacpp", "the environment's own is not taken for it"
+    package = tmp_path / "xllamacpp.py"
+    for code, problem in (
+        ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
+        ("import os; os.kill(os.getpid(), 4)", "ended by signal 4 when it was loaded"),
+        ("def get_device_info(): return []", "tells of no device"),
+    ):
+        package.write_text(code)
+        assert problem in ask(tmp_path).problem
 
 
 def test_the_engines_names_are_read() -> None:

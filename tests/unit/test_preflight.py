@@ -84,11 +84,19 @@ def test_a_card_without_an_engine_for_it_is_shown_and_refused() -> None:
     offered = offered_backends(["cpu"], devices)
     box = changed(BOX, devices=devices, backends=offered)
     assert offered == ("cpu",)
-    assert choose_device(Wish(), box, NONE).id == "cpu", "nobody asked for the card"
-    for wish in (Wish(backend="cuda"), Wish(device="cuda:0")):
+    for wish in (Wish(), Wish(backend="cuda"), Wish(device="cuda:0")):
         with pytest.raises(ArrieroError) as refused:
             choose_device(wish, box, NONE)
         assert refused.value.code is ErrorCode.BACKEND_UNAVAILABLE
+        assert "`arriero engines install --node workstation`" in refused.value.details["suggested_action"]
+    for wish in (Wish(backend="cpu"), Wish(device="cpu")):
+        assert choose_device(wish, box, NONE).id == "cpu", "somebody asked for the CPU"
+
+
+def test_a_card_that_is_passed_over_for_another_one_is_no_obstacle() -> None:
+    devices = (CPU, device("cuda:0"), device("vulkan:0"))
+    box = changed(BOX, devices=devices, backends=("vulkan", "cpu"))
+    assert choose_device(Wish(), box, NONE).id == "vulkan:0"
 
 
 def test_an_engine_for_a_card_that_is_not_there_offers_nothing() -> None:

@@ -9,6 +9,9 @@ from typing import cast
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
 from arriero.agent.catalog_news import CatalogNews
+from arriero.agent.engine_builds import engine_version
+from arriero.agent.engine_install import EngineInstaller
+from arriero.agent.engine_uploads import Uploads
 from arriero.agent.estimates import Estimates
 from arriero.agent.events import Feed
 from arriero.agent.fetch import FetchLimits
@@ -19,8 +22,10 @@ from arriero.agent.metrics import AgentMetrics, Downloads
 from arriero.agent.preflight import Preflight
 from arriero.agent.provisioner import ModelProvisioner, ProvisionLimits
 from arriero.agent.retries import RetryLimits
+from arriero.agent.routes.admin import admin_routes
 from arriero.agent.routes.catalog import catalog_routes, estimate_routes
 from arriero.agent.routes.downloads import download_routes
+from arriero.agent.routes.engines import engine_routes
 from arriero.agent.routes.node import node_routes
 from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
@@ -30,7 +35,8 @@ from arriero.agent.worker_logs import prune, rotate
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
-from arriero.contracts.records import DownloadRecord, RunRecord, WorkerRecord
+from arriero.contracts.records import DownloadRecord, RunRecord, WorkerList, WorkerRecord
+from arriero.contracts.requests import ShutdownBody
 from arriero.contracts.version import __version__
 from arriero.domain.workers import WorkerRegistry
 from arriero.engines import formats
@@ -49,6 +55,9 @@ BEAT_S = 1.0
 #: Beats between two looks at the devices: asking a driver may take a second.
 DEVICES_BEATS = 10
 TIDY_S = 2.0
+#: Workers that are bound to an orchestrator go when it was silent for so many times `node_timeout_s`: a cut
+#: of seconds must not end them.
+BOUND_TIMEOUTS = 5
 #: Open requests may finish within this time once the workers are gone.
 HTTP_GRACE_S = 2.0
 TOKEN_DIGITS = 48
@@ -90,8 +99,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
             async with Http() as http, asyncio.TaskGroup() as group:
-                machine = await look_at_machine(settings.name_of_node(), state.home)
-                await _Agent(settings, state, url_of(sock), http, group, catalog, machine).live(sock, stop)
+                machine = await look_at_machine(settings.name_of_node(), state.home, backend=settings.backend)
+                agent = _Agent(settings, state, url_of(sock), http, group, catalog, machine, stop)
+                await agent.live(sock)
         finally:
             await catalog.close()
 
@@ -114,7 +124,7 @@ class _Agent:
 
     def __init__(
         self, settings: Settings, state: StateDir, url: str, http: Http, group: asyncio.TaskGroup,
-        catalog: ModelCatalog, machine: Machine,
+        catalog: ModelCatalog, machine: Machine, stop: asyncio.Event,
     ) -> None:  # fmt: skip
         clock, entropy = SystemClock(), SystemEntropy()
         self._settings = settings
@@ -128,6 +138,8 @@ class _Agent:
         self._catalog = catalog
         self._downloads = Downloads()
         self._feed = Feed(self._snapshot)
+        self._stop = stop
+        self._keeps_workers = False
         self._news = CatalogNews(catalog, lambda models: self._feed.publish(ModelsChanged(models=models)))
         self._http_stop = asyncio.Event()
         self._log = logs.get("arriero.agent")
@@ -158,6 +170,15 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
+        self._uploads = Uploads(state.home, machine.platform, engine_version())
+        self._engines = EngineInstaller(
+            home=state.home,
+            settings=settings,
+            machine=machine,
+            uploads=self._uploads,
+            clock=clock,
+            on_change=self._engines_changed,
+        )
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -180,8 +201,8 @@ class _Agent:
             entropy=entropy,
         )
 
-    async def live(self, sock: socket.socket, stop: asyncio.Event) -> None:
-        """Adopt, serve until `stop`, stop the workers, end."""
+    async def live(self, sock: socket.socket) -> None:
+        """Adopt, serve until it is to end, stop the workers, end."""
         async with self._provisioner:
             await adopt(self._state, self._supervisor, self._http)
             for model_ref in await self._provisioner.resume():
@@ -192,7 +213,7 @@ class _Agent:
                 self._group.create_task(self._news.run(), name="catalog-news"),
                 self._group.create_task(self._tidy(), name="tidy"),
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
-                self._group.create_task(self._end_after(stop), name="end"),
+                self._group.create_task(self._end_in_order(), name="end"),
             ]
             guard = Guard(
                 Leased(self._app(), self._lease),
@@ -214,6 +235,7 @@ class _Agent:
         app = make_app(
             [
                 *node_routes(self._machine, self._feed, metrics, stop=self._http_stop),
+                *admin_routes(self._shut_down, self._release),
                 *worker_routes(self._supervisor, self._spawner, stop=self._http_stop),
                 *catalog_routes(self._catalog, self._supervisor.models_in_use, stop=self._http_stop),
                 *estimate_routes(self._catalog, self._estimates),
@@ -225,6 +247,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
             ],
             title="arriero agent",
         )
@@ -246,10 +269,13 @@ class _Agent:
 
     # --- What goes on beside the requests -----------------------------------------------------
 
-    async def _end_after(self, stop: asyncio.Event) -> None:
-        await stop.wait()
-        self._log.info("agent_ending")
-        await self._supervisor.stop_all("its agent ended")
+    async def _end_in_order(self) -> None:
+        await self._stop.wait()
+        self._log.info("agent_ending", keeps_workers=self._keeps_workers)
+        if self._keeps_workers:
+            self._supervisor.is_stopping = True
+        else:
+            await self._supervisor.stop_all("its agent ended")
         await self._provisioner.aclose()
         self._http_stop.set()
 
@@ -277,10 +303,28 @@ class _Agent:
         while True:
             await self._clock.sleep_s(TIDY_S)
             self._supervisor.tidy()
+            self._supervisor.stop_bound(self._has_gone)
             live = self._supervisor.live_logs()
             for path in live:
                 await asyncio.to_thread(rotate, path, self._settings.log_bytes_max)
             await asyncio.to_thread(prune, self._state.logs / "workers", live)
+
+    def _has_gone(self, holder: str) -> bool:
+        return self._lease.silent_s(holder) >= BOUND_TIMEOUTS * self._settings.node_timeout_s
+
+    # --- What is asked of it as a whole ---------------------------------------------------------
+
+    def _shut_down(self, body: ShutdownBody) -> WorkerList:
+        """Begin to end; what a first wish said of the workers stays."""
+        if not self._stop.is_set():
+            self._keeps_workers = not body.workers
+        self._stop.set()
+        return WorkerList(list(self._supervisor.registry))
+
+    async def _release(self, holder: str) -> None:
+        self._lease.release()
+        stopped = self._supervisor.stop_bound(lambda bound_to: bound_to == holder)
+        await self._supervisor.wait_ended(stopped)
 
     # --- What parts ask of each other ---------------------------------------------------------
 
@@ -308,6 +352,11 @@ class _Agent:
     def _download_changed(self, record: DownloadRecord) -> None:
         self._downloads.changed(record)
         self._feed.publish(DownloadChanged(download=record))
+
+    async def _engines_changed(self) -> None:
+        await self._machine.look_aside()
+        # The backends are told by a snapshot alone.
+        self._feed.renew()
 
     def _snapshot(self) -> AgentSnapshot:
         return AgentSnapshot(

@@ -43,6 +43,13 @@ class Feed:
                 reader.queue.append(event)
             reader.changed.notify()
 
+    def renew(self) -> None:
+        """Give every reader a snapshot next: more has changed than an event tells."""
+        for reader in self._readers:
+            reader.queue.clear()
+            reader.needs_snapshot = True
+            reader.changed.notify()
+
     def wake(self) -> None:
         """Let every reader look whether it may still read."""
         for reader in self._readers:

@@ -6,6 +6,7 @@ agent that comes back refuses what the one before has refused.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
@@ -26,11 +27,15 @@ from arriero.runtime.tasks import Changed
 EVENTS_PATH: Final = "/v1/events"
 #: Where the holder of an event stream stands in its request's scope.
 SCOPE_KEY: Final = "arriero.holding"
+#: Where the number of any request stands that came under one.
+FENCE_KEY: Final = "arriero.fence"
 #: Workers have so long to hear of a new number before its holder is answered; those that do not answer
 #: are told later.
 TELL_ALL_S: Final = 0.5
 TELL_TIMEOUT_S: Final = 2.0
 TELL_AGAIN_S: Final = 0.2
+#: JSON has no infinity.
+SILENT_TOLD_MAX_S: Final = 1e9
 _HEADER: Final = FENCE_HEADER.lower().encode()
 
 
@@ -129,6 +134,15 @@ class NodeLease:
         if isinstance(decision, Refused):
             self._refuse(decision, asked)
 
+    def release(self) -> None:
+        """Let the next holder come at once: the present one has said that it goes."""
+        self._holding = None
+        self._left_s = -math.inf
+
+    def silent_s(self, holder: str) -> float:
+        """Return for how long a holder has not held this machine; 0: it does, infinity: it will not."""
+        return self._lease().silent_s if holder == self._fence.holder else math.inf
+
     def _refuse(self, refused: Refused, asked: Fence) -> NoReturn:
         raise self._superseded(refused.why, asked)
 
@@ -139,7 +153,7 @@ class NodeLease:
             holder=self._fence.holder,
             number=self._fence.number,
             since_unix=self._since_unix,
-            silent_s=round(self._lease().silent_s, 3),
+            silent_s=round(min(self._lease().silent_s, SILENT_TOLD_MAX_S), 3),
         )
 
     async def _write(self, fence: Fence) -> None:
@@ -217,6 +231,7 @@ class Leased:
                 await self._app(scope, receive, send)
         else:
             self._lease.check(fence)
+            scope[FENCE_KEY] = fence
             await self._app(scope, receive, send)
 
 

@@ -6,12 +6,15 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from arriero.agent import engine_builds
+from arriero.agent.engine_builds import FoundBuild
 from arriero.contracts.errors import ArrieroError
-from arriero.contracts.records import Capabilities, DeviceRecord
+from arriero.contracts.records import Capabilities, DeviceRecord, EngineList
 from arriero.contracts.version import API_VERSION, __version__
+from arriero.domain.engine_builds import CPU, Platform, WantedBuild, wanted_build
 from arriero.domain.preflight import Resources, offered_backends
 from arriero.engines import registry
-from arriero.engines.llamacpp_backends import EngineDevice, engine_devices
+from arriero.engines.llamacpp_backends import EngineDevice
 from arriero.runtime import devices, logs
 from arriero.runtime.devices import MIB, DeviceReport
 
@@ -19,18 +22,22 @@ from arriero.runtime.devices import MIB, DeviceReport
 class Machine:
     """This machine as its agent knows it.  `home` lies on the disk that counts.
 
-    `engines` names the installed engines with their versions, `engine_devices` what the engine can
-    compute with; both are asked for once, at start.  A card that the engine was not built for is
-    shown among the devices, and its backend is not offered.
+    `engines` names the installed engines with their versions, `builds` the builds of llama.cpp with
+    what each can compute with; they are asked once, at start and after an installation.  A card that
+    none was made for is shown among the devices, and its backend is not offered; where `backend` (the
+    setting) chooses the CPU it is not shown either: nobody misses it.
     """
 
     def __init__(
-        self, *, node: str, home: Path, engines: Mapping[str, str], engine_devices: Sequence[EngineDevice]
-    ) -> None:
+        self, *, node: str, home: Path, engines: Mapping[str, str], builds: Sequence[FoundBuild],
+        platform: Platform, backend: str = "",
+    ) -> None:  # fmt: skip
         self.node = node
+        self.platform = platform
         self._home = home
         self._engines = dict(engines)
-        self._engine_devices = tuple(engine_devices)
+        self._builds = tuple(builds)
+        self._is_cpu_chosen = backend == CPU
         self._cpu_name = devices.cpu_name()
         self._report = DeviceReport()
         self._log = logs.get("arriero.agent.machine")
@@ -40,13 +47,46 @@ class Machine:
         report = devices.read(self._cpu_name)
         for problem in set(report.problems) - set(self._report.problems):
             self._log.warning("device_problem", problem=problem)
-        self._report = DeviceReport(
-            (*report.devices, *seen_by_engine_alone(self._engine_devices, report.devices)), report.problems
-        )
+        found = (*report.devices, *seen_by_engine_alone(self._engine_devices(), report.devices))
+        if self._is_cpu_chosen:
+            usable = {device.backend for device in self._engine_devices()}
+            found = tuple(device for device in found if device.backend in usable)
+        self._report = DeviceReport(found, report.problems)
 
     async def look_aside(self) -> None:
         """Read the devices anew without blocking the loop."""
         await asyncio.to_thread(self.look)
+
+    def take(self, builds: Sequence[FoundBuild]) -> None:
+        """Compute with these builds from now on; what is loaded goes on with the one it has."""
+        self._builds = tuple(builds)
+
+    @property
+    def devices(self) -> tuple[DeviceRecord, ...]:
+        """The devices as of the last look."""
+        return self._report.devices
+
+    def wanted_build(self) -> WantedBuild:
+        """Return the build of the engine that suits this machine."""
+        return wanted_build(self.platform, self._report.devices)
+
+    def engine_folder(self, backend: str) -> Path | None:
+        """Return the folder of the build that computes on `backend`; None: the environment's own."""
+        return engine_builds.site_for(backend, self._builds, self.wanted_build().name)
+
+    def engine_list(self) -> EngineList:
+        """Return the builds there are, and the one that suits."""
+        return engine_builds.listed(self.node, self._builds, self.wanted_build(), self._report.devices)
+
+    def _engine_devices(self) -> list[EngineDevice]:
+        """Return what the builds can compute with, each device once."""
+        found = {
+            (device.backend, device.number): device
+            for build in self._builds
+            if not build.record.problem
+            for device in build.devices
+        }
+        return list(found.values())
 
     def resources(self) -> Resources:
         """Return what is free: memory and disk as they are now, devices as of the last look."""
@@ -56,7 +96,7 @@ class Machine:
             ram_free_mb=memory.free_mb,
             disk_free_mb=devices.disk_free_mb(self._home),
             backends=offered_backends(
-                [device.backend for device in self._engine_devices], self._report.devices
+                [device.backend for device in self._engine_devices()], self._report.devices
             ),
             devices=self._report.devices,
             is_limited_by_cgroup=memory.is_limited_by_cgroup,
@@ -79,13 +119,20 @@ class Machine:
             cpu_cores=os.cpu_count() or 1,
             os=platform.system().lower(),
             arch=platform.machine(),
+            advice=self.engine_list().advice,
         )
 
 
-async def look_at_machine(node: str, home: Path) -> Machine:
-    """Return what this machine has, its engines asked."""
-    versions, found = await asyncio.to_thread(lambda: (installed_engines(), engine_devices()))
-    machine = Machine(node=node, home=home, engines=versions, engine_devices=found)
+async def look_at_machine(node: str, home: Path, *, backend: str = "") -> Machine:
+    """Return what this machine has, its engines asked; what a killed installation left is removed."""
+
+    def look() -> tuple[dict[str, str], tuple[FoundBuild, ...]]:
+        engine_builds.tidy(home)
+        return installed_engines(), engine_builds.look(home)
+
+    versions, builds = await asyncio.to_thread(look)
+    this = engine_builds.this_platform()
+    machine = Machine(node=node, home=home, engines=versions, builds=builds, platform=this, backend=backend)
     await machine.look_aside()
     return machine
 

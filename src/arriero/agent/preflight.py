@@ -54,7 +54,7 @@ class Preflight:
         tokens, is_fixed = context
         first_error: ArrieroError | None = None
         for tried in [tokens] if is_fixed else smaller_contexts(tokens, least=CONTEXT_LEAST_TOKENS):
-            tried_spec = _on(spec, device, tried)
+            tried_spec = self._on(spec, device, tried)
             estimate, need = await self.need(kind, spec, device, tokens=tried, model_ref=model_ref)
             try:
                 check(need, self._machine.resources(), promises)
@@ -74,7 +74,7 @@ class Preflight:
 
         Raises what the engine says of the file.
         """
-        estimate = await kind.estimate(_on(spec, device, tokens))
+        estimate = await kind.estimate(self._on(spec, device, tokens))
         need = Need(
             model_ref=model_ref,
             device=device.id,
@@ -83,6 +83,12 @@ class Preflight:
             disk_mb=self._disk_mb,
         )
         return estimate, need
+
+    def _on(self, spec: EngineSpec, device: DeviceRecord, tokens: int) -> EngineSpec:
+        folder = self._machine.engine_folder(device.backend)
+        return replace(
+            spec, backend=device.backend, device=device.id, context_tokens=tokens, engine_folder=folder
+        )
 
     def recheck(self, plan: Plan, promises: Promises) -> None:
         """Check once more, right before the spawn, with fresh numbers and without waiting.
@@ -108,10 +114,6 @@ def configured_options(settings: Settings) -> dict[str, Any]:
         raise ArrieroError(
             ErrorCode.INVALID_SETTINGS, f"engine_options is no JSON object: {error}"
         ) from error
-
-
-def _on(spec: EngineSpec, device: DeviceRecord, tokens: int) -> EngineSpec:
-    return replace(spec, backend=device.backend, device=device.id, context_tokens=tokens)
 
 
 def spec_of(model_path: Path, *, slots: int, threads: int, options: dict[str, object]) -> EngineSpec:

@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from arriero.agent import child as children
 from arriero.agent.catalog import CatalogEntry
 from arriero.agent.child import Child
@@ -14,6 +16,7 @@ from arriero.agent.preflight import Plan, Preflight, configured_options, default
 from arriero.agent.supervisor import Supervisor, remove_traces, write_run
 from arriero.contracts import ids
 from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.fence import FENCE_HEADER
 from arriero.contracts.records import WorkerRecord, WorkerRunRecord
 from arriero.contracts.requests import SpawnBody, WorkerSpec
 from arriero.contracts.states import WorkerState
@@ -67,14 +70,16 @@ class Spawner:
         self._entropy = entropy
         self._log = logs.get("arriero.agent.spawner")
 
-    async def spawn(self, body: SpawnBody) -> WorkerRecord:
-        """Start a worker and return its record (`starting`).
+    async def spawn(self, body: SpawnBody, *, holder: str = "") -> WorkerRecord:
+        """Start a worker and return its record (`starting`); `holder`: of the node's lease, if it asks.
 
         Raises MODEL_NOT_FOUND and the errors of a reference, those of preflight, WORKER_START_FAILED
         while the model is refused after crashes, WORKER_BINARY_NOT_FOUND, NO_CAPACITY while the
         agent ends.
         """
         self._refuse_if_ending()
+        if body.bound and not holder:
+            fail(ErrorCode.INVALID_REQUEST, f"{FENCE_HEADER} says to whom it is bound", param="bound")
         engine, options = self._engine_of(body)
         kind = self._kind_of(engine)
         self._supervisor.refuse_if_crashing(body.model_ref)
@@ -85,7 +90,7 @@ class Spawner:
         plan = await self._preflight.plan(
             kind,
             spec,
-            Wish(body.backend, body.device),
+            Wish(body.backend or self._backend_unless(body.device), body.device),
             model_ref=body.model_ref,
             context=self._context_of(body, entry),
             promises=self._supervisor.promises(),
@@ -93,7 +98,7 @@ class Spawner:
         # From here to the spawn nothing waits: what is checked is still so.
         self._refuse_if_ending()
         self._preflight.recheck(plan, self._supervisor.promises())
-        return self._start(body, entry, engine, plan)
+        return self._start(body, entry, engine, plan, bound_to=holder if body.bound else "")
 
     def _refuse_if_ending(self) -> None:
         if self._supervisor.is_stopping:
@@ -106,18 +111,25 @@ class Spawner:
         base = configured if engine == self._settings.engine else {}
         return engine, {**base, **body.options}
 
+    def _backend_unless(self, device: str | None) -> str | None:
+        """Return the settings' backend, which counts where neither backend nor device is asked for."""
+        return None if device is not None else self._settings.backend or None
+
     def _context_of(self, body: SpawnBody, entry: CatalogEntry) -> tuple[int, bool]:
         """Return the tokens of a slot's context, and whether they were asked for."""
         if body.context_tokens is not None:
             return body.context_tokens, True
         return default_context(self._settings, entry.record), False
 
-    def _start(self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan) -> WorkerRecord:
+    def _start(
+        self, body: SpawnBody, entry: CatalogEntry, engine: str, plan: Plan, *, bound_to: str
+    ) -> WorkerRecord:
         worker_id = ids.worker_id(self._entropy.hex(12))
         log_path = self._state.log_file(f"workers/{worker_id}")
         argv = children.worker_argv(self._settings.worker_command)
         started = children.start(argv, log_path=log_path, env=worker_env(os.environ))
         held, record = self._describe(body, worker_id, log_path, started, engine, plan)
+        held.run = msgspec.structs.replace(held.run, bound_to=bound_to)
         try:
             # In this order an agent that dies in between leaves nothing that the next does not find.
             write_run(self._state, held.run)
@@ -202,6 +214,7 @@ class Spawner:
             stop_grace_s=settings.stop_grace_s,
             is_embedding=entry.record.is_embedding,
             threads=settings.engine_threads,
+            engine_folder=os.fspath(plan.spec.engine_folder or ""),
             fence=self._fence(),
         )
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hmac
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -211,10 +212,25 @@ class Supervisor:
         open_ended = [held for held in self._held.values() if not held.ended.is_set()]
         for held in open_ended:
             self.stop(held.worker_id, reason=reason)
+        await self.wait_ended(open_ended)
+
+    def stop_bound(self, is_gone: Callable[[str], bool]) -> list[Held]:
+        """Begin to stop the workers whose orchestrator has gone, by its id, and return them."""
+        found = [
+            held
+            for held in self._held.values()
+            if held.run.bound_to and not held.ended.is_set() and is_gone(held.run.bound_to)
+        ]
+        for held in found:
+            self.stop(held.worker_id, reason="the orchestrator that it was bound to has gone")
+        return found
+
+    async def wait_ended(self, helds: Sequence[Held]) -> None:
+        """Wait until workers that are being stopped are gone, at most as long as that may take."""
         limit_s = self._settings.stop_grace_s + processes.KILLED_WAIT_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                for held in open_ended:
+                for held in helds:
                     await held.ended.wait()
 
     async def _stop(self, held: Held) -> None:

@@ -7,9 +7,9 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -21,6 +21,11 @@ from arriero.runtime import state_dir
 from arriero.runtime.processes import is_alive
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir
+
+if TYPE_CHECKING:
+    from arriero.agent.engine_builds import FoundBuild
+    from arriero.contracts.records import DeviceRecord
+    from arriero.domain.engine_builds import Platform
 
 Level = Literal["ok", "warn", "fail"]
 _MIB: Final = 1024 * 1024
@@ -72,6 +77,7 @@ def examine(state: StateDir) -> Iterator[Finding]:
         ("home", lambda: _home(state)),
         ("disk", lambda: _disk(state)),
         ("devices", _devices),
+        ("engine build", lambda: _engine_builds(state, found.backend)),
         ("sockets", _sockets),
         ("open files", _open_files),
         ("port", lambda: _port(state, "orchestrator", found.orchestrator_host, found.orchestrator_port)),
@@ -124,6 +130,39 @@ def _engine() -> Iterator[Finding]:
     else:
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
         yield _fail("engine", f"xllamacpp cannot be imported: {last}", "Install arriero again.")
+
+
+def _engine_builds(state: StateDir, backend: str) -> Iterator[Finding]:
+    from arriero.agent import engine_builds
+    from arriero.runtime import devices
+
+    found = devices.read().devices
+    if backend == "cpu":
+        # Somebody chose it: nothing is missing then.
+        found = tuple(device for device in found if device.backend == "cpu")
+    yield from judge_builds(engine_builds.look(state.home), engine_builds.this_platform(), found)
+
+
+def judge_builds(
+    builds: "Sequence[FoundBuild]", this: "Platform", devices: "Sequence[DeviceRecord]"
+) -> Iterator[Finding]:
+    """Yield what is to be said of the engine's builds on a machine with these devices."""
+    from arriero.domain import engine_builds as choice
+
+    wanted = choice.wanted_build(this, devices)
+    sentences = choice.advice([build.view for build in builds], wanted, devices)
+    for sentence in sentences:
+        advice = wanted.obstacle or f"`{choice.install_command()}`, or ask for `--backend cpu`."
+        yield _fail("engine build", sentence, advice)
+    for build in builds:
+        if build.record.problem and not build.record.is_own:
+            shown = f"{build.record.name} {build.record.version}: {build.record.problem}"
+            yield _warn("engine build", shown, f"`arriero engines install {build.record.name}`.")
+    if not sentences:
+        shown = ", ".join(
+            f"{b.record.name} ({', '.join(b.record.backends)})" for b in builds if not b.record.problem
+        )
+        yield _ok("engine build", f"{shown}; {wanted.name} suits this machine")
 
 
 def _home(state: StateDir) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "models": ("models", "models", "Show which models this machine has."),
     "nodes": ("nodes", "nodes", "Show the machines of the pool."),
     "explain": ("explain", "explain", "Show where a model would run now, and why nowhere else."),
+    "engines": ("engines", "engines", "Show and install builds of the engine."),
     "downloads": ("downloads", "downloads", "Show what is being fetched."),
     "probe": ("probe", "probe", "Ask one question with an exit code: for scripts and service units."),
     "doctor": ("doctor", "doctor", "Find out what would keep arriero from working here."),

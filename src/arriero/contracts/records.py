@@ -286,6 +286,45 @@ class RestoreResult(msgspec.Struct, frozen=True, kw_only=True):
     left_out: list[str]
 
 
+class EngineBuild(msgspec.Struct, frozen=True, kw_only=True):
+    """A build of the engine that is on a machine."""
+
+    #: "cpu", "metal", "cu128"…
+    name: str
+    version: str
+    #: Whether it belongs to arriero's own environment, and was not installed beside it.
+    is_own: bool = False
+    #: What it computes with here.
+    backends: list[str] = []
+    #: The devices as it calls them.
+    devices: list[str] = []
+    #: Checksum of the wheel it was installed from, where that is known.
+    sha256: str = ""
+    installed_unix: float = 0.0
+    #: Why it cannot be used; empty: it can.
+    problem: str = ""
+
+
+class EngineList(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/engines` of an agent: the builds there are, and the one that suits the machine."""
+
+    node: str
+    builds: list[EngineBuild]
+    wanted: str
+    #: Why that one, in a sentence.
+    why: str
+    #: Branch of the driver that it needs at least; 0: none.
+    driver_least: int = 0
+    advice: list[str] = []
+
+
+class UploadRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`PUT /v1/engines/uploads/{name}` of an agent: how much of the file is there now."""
+
+    name: str
+    size_bytes: int
+
+
 class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted inference."""
 
@@ -332,6 +371,8 @@ class WorkerRunRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: What preflight reckoned with: promised to the worker until it is loaded.
     estimated_host_mb: int = 0
     estimated_device_mb: int = 0
+    #: The holder of the node's lease that it goes with; empty: it stays.
+    bound_to: str = ""
 
 
 class WorkerList(msgspec.Struct, frozen=True):

@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from arriero.contracts.names import Sha256
+
 PROMPT_CHARS_MAX = 8_000_000
 
 
@@ -82,6 +84,9 @@ class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     #: `llamacpp`, or `fake` with its knobs in `options`.
     engine: str = "llamacpp"
     options: dict[str, Any] = {}
+    #: The worker goes with the orchestrator that asks (by its `X-Arriero-Fence`): when that one has let go
+    #: of the node, was silent for long, or another one holds the node.
+    bound: bool = False
 
 
 class PeerSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -129,6 +134,19 @@ class PinBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`PUT /v1/models/{id}/pin` of an agent."""
 
     is_pinned: bool
+
+
+class EngineInstallBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/engines/install` of an agent: a build of the engine is to be put beside the one there is."""
+
+    #: None: the build that suits the machine.
+    build: Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9.-]{0,31}\Z")] | None = None
+    #: Name of a wheel that was uploaded before; None: as the settings say, else from the index.
+    wheel: Annotated[str, msgspec.Meta(min_length=5, max_length=255)] | None = None
+    #: Instead of the setting `engine_index_url`.
+    index_url: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)] | None = None
+    #: What the wheel must hash to.
+    sha256: Sha256 | None = None
 
 
 NodeName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -198,6 +216,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0
     #: Fencing number of the newest lease on the node when the worker was started; see `FenceBody`.
     fence: int = 0
+    #: Folder of the engine's build to use; empty: that of arriero's own environment.
+    engine_folder: str = ""
 
 
 class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,6 +226,13 @@ class EndBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     #: Running requests are cancelled after so long; None: never when draining, `stop_grace_s` when
     #: shutting down.
     grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
+
+
+class ShutdownBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/admin/shutdown` of an agent; an empty body is `{}`."""
+
+    #: False: its workers go on, and the next agent adopts them.
+    workers: bool = True
 
 
 class FenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.records import DeviceRecord
+from arriero.domain.engine_builds import install_command, unused_accelerator
 
 #: Backends in the order in which one is chosen where none is asked for.
 PREFERENCE = ("cuda", "metal", "rocm", "vulkan", "sycl", "cpu")
@@ -109,6 +110,8 @@ def choose_device(wish: Wish, resources: Resources, promises: Promises) -> Devic
         if found[0].backend not in resources.backends:
             _no_backend(found[0].backend, resources, f"the installed engine cannot use {found[0].name}")
         return found[0]
+    if wish.backend is None:
+        _refuse_to_pass_over_an_accelerator(resources)
     backend = wish.backend or next((name for name in PREFERENCE if name in resources.backends), "cpu")
     candidates = [device for device in resources.devices if device.backend == backend]
     if backend not in resources.backends:
@@ -181,14 +184,28 @@ def offered_backends(engine_backends: Sequence[str], devices: Sequence[DeviceRec
     return tuple(name for name in PREFERENCE if name in engine_backends and name in present)
 
 
+def _refuse_to_pass_over_an_accelerator(resources: Resources) -> None:
+    idle = unused_accelerator(resources.backends, resources.devices)
+    if idle is not None:
+        _no_backend(
+            idle.backend, resources, f"no installed build of the engine computes on {idle.name}, "
+            "and nothing is left to the CPU that does not ask for it",
+        )  # fmt: skip
+
+
 def _no_backend(backend: str, resources: Resources, why: str) -> None:
     offered = ", ".join(resources.backends) or "none"
+    details: dict[str, str] = {}
+    if any(device.backend == backend for device in resources.devices):
+        command = install_command(resources.node)
+        details["suggested_action"] = f"`{command}` gets the build that fits, or ask for `--backend cpu`."
     fail(
         ErrorCode.BACKEND_UNAVAILABLE,
         f"{resources.node} cannot use the backend {backend[:64]!r}: {why}; it offers: {offered}",
         node=resources.node,
         backend=backend[:64],
         backends=list(resources.backends),
+        **details,
     )
 
 

@@ -65,6 +65,8 @@ class EngineSpec:
     threads: int = 0
     #: Loading that does not advance for so long has failed.
     loading_stall_s: float = 60.0
+    #: Folder of the engine's build to use; None: that of arriero's own environment.
+    engine_folder: Path | None = None
     #: Knobs of one kind of engine (the fake one's script); unknown keys are refused.
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -6,9 +6,9 @@ reads one JSON line from stdin, serves until stdin ends, and never outlives the 
 started it.  stdout carries llama.cpp's progress lines, stderr its log.  Imports stay few: this
 runs once a model, and a person waits for it.
 
-The line: `{"owner_pid": 1, "gpu": false, "params": {…}}`; `params` are attributes of
-xllamacpp's `CommonParams`, a dot steps into a part; `{"enum": "kind.NAME"}` and `{"set": […]}` are what JSON
-has not.
+The line: `{"owner_pid": 1, "gpu": false, "folder": "", "params": {…}}`; `folder` holds the build of
+the engine to use (empty: the environment's own), `params` are attributes of xllamacpp's
+`CommonParams`, a dot steps into a part; `{"enum": "kind.NAME"}` and `{"set": […]}` are what JSON has not.
 """
 
 import json
@@ -31,10 +31,13 @@ def main() -> None:
     try:
         spec = json.loads(_first_line(sys.stdin.fileno()))
         params, owner_pid, needs_gpu = spec["params"], spec["owner_pid"], spec["gpu"]
+        folder = spec.get("folder", "")
     except (ValueError, KeyError, TypeError) as error:
         _end(EXIT_BAD_SPEC, f"bad specification: {error!r}")
     if not die_with(owner_pid):
         _end(EXIT_ORPHANED, "the owner is gone")
+    if folder:
+        sys.path.insert(0, folder)
     try:
         import xllamacpp
     except ImportError as error:

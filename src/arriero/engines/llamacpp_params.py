@@ -168,6 +168,7 @@ def line_of(
     else:
         # The only pooling that is right when an input is cut, so also the one without a length limit.
         params["pooling_type"] = {"enum": "llama_pooling_type.LLAMA_POOLING_TYPE_LAST"}
-    line = {"owner_pid": os.getpid(), "gpu": not is_cpu, "params": params}
+    folder = os.fspath(spec.engine_folder) if spec.engine_folder is not None else ""
+    line = {"owner_pid": os.getpid(), "gpu": not is_cpu, "folder": folder, "params": params}
     # Surrogates (a path that is no UTF-8) go through JSON as escapes, and back.
     return json.dumps(line).encode() + b"\n"

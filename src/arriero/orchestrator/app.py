@@ -9,10 +9,11 @@ from typing import Final, cast
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
-from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.base import Fabric, NodeAddress
 from arriero.fabrics.local import LocalFabric
 from arriero.fabrics.ssh import SshFabric
 from arriero.orchestrator.core import Orchestrator, assemble
+from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.reach import LocalReach
 from arriero.orchestrator.routes.management import handlers
 from arriero.orchestrator.routes.streams import Front
@@ -39,11 +40,18 @@ AGENT_EXTRA_S: Final = 15.0
 _IDLE_CHECKS: Final = 20
 
 
-def main(settings: Settings, *, is_background: bool = False, cascades: bool = False) -> int:
+def main(
+    settings: Settings,
+    *,
+    is_background: bool = False,
+    cascades: bool = False,
+    fabric: Fabric | None = None,
+) -> int:
     """Run the orchestrator until SIGTERM or SIGINT; return its exit code.
 
     `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
-    end it also ends the local agent, and with it the workers, and waits for them.
+    end it also ends the local agent, and with it the workers, and waits for them.  `fabric`: how other
+    machines are reached, by SSH if none is given.
     Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE before it serves.
     """
     logs.configure(level=settings.log_level, role=ROLE)
@@ -52,7 +60,9 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
     with folder.lock(ROLE):
         sock = bind(settings.orchestrator_host, settings.orchestrator_port)
         try:
-            daemon.run(lambda stop: _run(settings, folder, sock, stop, is_background=is_background))
+            daemon.run(
+                lambda stop: _run(settings, folder, sock, stop, is_background=is_background, fabric=fabric)
+            )
         finally:
             sock.close()
             if cascades:
@@ -61,7 +71,13 @@ def main(settings: Settings, *, is_background: bool = False, cascades: bool = Fa
 
 
 async def _run(
-    settings: Settings, folder: StateDir, sock: socket.socket, stop: asyncio.Event, *, is_background: bool
+    settings: Settings,
+    folder: StateDir,
+    sock: socket.socket,
+    stop: asyncio.Event,
+    *,
+    is_background: bool,
+    fabric: Fabric | None,
 ) -> None:
     log = logs.get("arriero.orchestrator")
     clock, entropy = SystemClock(), SystemEntropy()
@@ -74,18 +90,20 @@ async def _run(
             asyncio.TaskGroup() as group,
         ):
             node_store = await NodeStore.open(database, entropy)
-            fabric = SshFabric(
-                clock,
-                entropy,
-                sockets_dir=state_dir.short_dir(),
-                connect_timeout_s=settings.connect_timeout_s,
-            )
+            if fabric is None:
+                fabric = SshFabric(
+                    clock,
+                    entropy,
+                    sockets_dir=state_dir.short_dir(),
+                    connect_timeout_s=settings.connect_timeout_s,
+                )
             orchestrator = assemble(
                 settings,
                 http=http,
                 store=TaskStore(database),
                 node_store=node_store,
                 fabric=fabric,
+                machines=Machines(folder.home / "dist", clock),
                 group=group,
                 stop=stop,
                 clock=clock,

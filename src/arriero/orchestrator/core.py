@@ -8,10 +8,12 @@ from arriero.contracts.events import PoolSnapshot
 from arriero.contracts.placements import PlacementExplained
 from arriero.domain.placement import Wants
 from arriero.fabrics.base import Fabric
+from arriero.orchestrator.adding import Adding, Underway
 from arriero.orchestrator.courier import Counters, Courier
 from arriero.orchestrator.exchange import Exchanges
 from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.provisioning import ModelProvisioner
@@ -23,6 +25,7 @@ from arriero.orchestrator.store.nodes import NodeStore
 from arriero.orchestrator.store.tasks import TaskStore
 from arriero.orchestrator.task_run import TaskRunner
 from arriero.orchestrator.tasks import TaskRegistry
+from arriero.orchestrator.upkeep import Upkeep
 from arriero.orchestrator.upstream import Upstreams
 from arriero.runtime.asgi import BEAT_S
 from arriero.runtime.clock import Clock
@@ -42,6 +45,8 @@ class Orchestrator:
     feed: Feed
     registry: NodeRegistry
     membership: Membership
+    adding: Adding
+    upkeep: Upkeep
     upstreams: Upstreams
     provisioner: ModelProvisioner
     scheduler: Scheduler
@@ -94,6 +99,7 @@ def assemble(
     store: TaskStore,
     node_store: NodeStore,
     fabric: Fabric,
+    machines: Machines,
     group: asyncio.TaskGroup,
     stop: asyncio.Event,
     clock: Clock,
@@ -104,7 +110,7 @@ def assemble(
     registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
     membership = Membership(
         registry, node_store, fabric, http, group, clock, entropy,
-        node_timeout_s=settings.node_timeout_s,
+        node_timeout_s=settings.node_timeout_s, machines=machines,
     )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
@@ -114,6 +120,7 @@ def assemble(
     counters = Counters()
     stall_s = settings.stream_stall_s
     runner = TaskRunner(registry, scheduler, courier, counters, clock, stall_s=stall_s)
+    underway = Underway()
     return Orchestrator(
         settings=settings,
         clock=clock,
@@ -121,6 +128,8 @@ def assemble(
         feed=feed,
         registry=registry,
         membership=membership,
+        adding=Adding(registry, membership, node_store, machines, fabric, http, group, clock, underway),
+        upkeep=Upkeep(registry, membership, node_store, machines, scheduler, fabric, http, clock, underway),
         upstreams=upstreams,
         provisioner=provisioner,
         scheduler=scheduler,

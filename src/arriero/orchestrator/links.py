@@ -97,6 +97,8 @@ class NodeLink:
                     await self._clock.sleep_s(LOOK_EVERY_S)
                     continue
                 self._error = error
+                if error.code is ErrorCode.LEASE_SUPERSEDED:
+                    await self._reach.drop(above=int(error.details.get("number", 0)))
                 attempt = 1 if self._last_heard_s > started_s else attempt + 1
                 if error.message != told:
                     self._log.warning(

@@ -1,17 +1,19 @@
 """Which nodes are held, and who begins and ends that?  (`Membership`)"""
 
 import asyncio
-from collections.abc import Callable
 
 import msgspec
 
 from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.events import NodeStep
 from arriero.contracts.requests import NodeUpdateBody
 from arriero.fabrics.base import Fabric
 from arriero.orchestrator.links import NodeLink, Revive
+from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import Reach, SshReach, address_of
+from arriero.orchestrator.reach import Line, Reach, SshReach, address_of
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
@@ -31,7 +33,7 @@ class Membership:
         entropy: Entropy,
         *,
         node_timeout_s: float,
-        revive: Callable[[NodeEntry], Revive] | None = None,
+        machines: Machines,
     ) -> None:
         self._registry = registry
         self._store = store
@@ -41,7 +43,8 @@ class Membership:
         self._clock = clock
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
-        self._revive = revive
+        self._machines = machines
+        self._log = logs.get("arriero.nodes")
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def begin(self, local: Reach) -> None:
@@ -69,8 +72,19 @@ class Membership:
     def hold(self, entry: NodeEntry) -> None:
         """Begin to hold a registered machine."""
         reach = SshReach(entry, self._fabric, self._http, self._store, self._clock)
-        link = self.link(reach, name=entry.name, revive=self._revive(entry) if self._revive else None)
+        link = self.link(reach, name=entry.name, revive=self._reviving(entry))
         self._tasks[entry.name] = self._group.create_task(link.run(), name=f"link-{entry.name}")
+
+    def _reviving(self, entry: NodeEntry) -> Revive:
+        async def revive(line: Line) -> None:
+            self._log.warning("its agent does not come back by itself", node=entry.name)
+            await self._machines.start(line.connection, entry.install_path, entry.name, _unheard)
+
+        return revive
+
+    def is_held(self, name: str) -> bool:
+        """Return whether a registered machine's link runs."""
+        return name in self._tasks
 
     async def let_go(self, name: str) -> None:
         """End the link to a registered machine, and its connection; safe to call twice."""
@@ -135,3 +149,7 @@ class Membership:
         entry = msgspec.structs.replace(self._registry.node(name).entry, is_drained=is_drained)
         await self._store.save(entry)
         return self._registry.changed_entry(entry)
+
+
+def _unheard(_: NodeStep) -> None:
+    """Tell nobody."""

@@ -316,10 +316,12 @@ class NodeRegistry:
 
     def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
-        node.error = error.body()
+        before, node.error = node.error, error.body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
             self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)
+        elif before is None or before.code != node.error.code:
+            self._tell(NodeChanged(node=node.record()))
 
     def _follow_wish(self, node: Node) -> None:
         """Take a node out of the choice, or back, as a person asked for; also after it comes back."""

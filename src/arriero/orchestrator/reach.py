@@ -5,15 +5,19 @@ makes lines, and finds the agent at their other end.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.contracts.records import RunRecord
+from arriero.contracts.events import NodeStep
+from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.contracts.records import Capabilities, RunRecord
 from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
+from arriero.fabrics.ssh import check_key_file
 from arriero.orchestrator.store.nodes import NodeEntry
-from arriero.orchestrator.upstream import FENCE_HEADER, Address
+from arriero.orchestrator.upstream import Address
 from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.state_dir import StateDir
@@ -32,7 +36,7 @@ class Line:
         self.connection = connection
         #: Number of the lease that we hold on the node for as long as this line lasts.
         self.lease = lease
-        self.fence = f"{holder_id}:{lease}"
+        self.fence = str(Fence(holder_id, lease))
         self._http = http
         self._ends: dict[int, LocalEnd] = {}
         self.is_gone = False
@@ -84,8 +88,8 @@ class Leases(Protocol):
 
     holder_id: str
 
-    async def next_lease(self) -> int:
-        """Return a number larger than all before."""
+    async def next_lease(self, above: int = 0) -> int:
+        """Return a number larger than all before, and than `above`."""
         ...
 
 
@@ -103,8 +107,11 @@ class Reach(Protocol):
         """Return how the agent is talked to.  Raises NOT_RUNNING, NODE_UNREACHABLE."""
         ...
 
-    async def drop(self) -> None:
-        """End the line that holds; the next one is a new one.  Safe to call twice."""
+    async def drop(self, above: int = 0) -> None:
+        """End the line that holds; the next one is a new one.  Safe to call twice.
+
+        `above`: its lease has a number larger than that, under which another held the node.
+        """
         ...
 
 
@@ -117,11 +124,12 @@ class LocalReach:
         self._leases = leases
         self._connection = connection
         self._line: Line | None = None
+        self._above = 0
 
     async def line(self) -> Line:
         """Return the one line: this machine does not go away while we live."""
         if self._line is None:
-            lease = await self._leases.next_lease()
+            lease = await self._leases.next_lease(self._above)
             self._line = Line(self._connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
@@ -132,8 +140,11 @@ class LocalReach:
             fail(ErrorCode.NOT_RUNNING, "no agent runs on this machine")
         return record
 
-    async def drop(self) -> None:
-        """Keep the line: nothing of it can be cut."""
+    async def drop(self, above: int = 0) -> None:
+        """Keep the line, of which nothing can be cut, unless it needs a larger number."""
+        if above:
+            self._above = above
+            self._line = None
 
 
 class SshReach:
@@ -146,32 +157,23 @@ class SshReach:
         self._leases = leases
         self._clock = clock
         self._line: Line | None = None
+        self._above = 0
 
     async def line(self) -> Line:
         """Return the line that holds, else connect: several attempts run beside each other."""
         if self._line is None:
             connection = await self._connect()
-            lease = await self._leases.next_lease()
+            lease = await self._leases.next_lease(self._above)
             self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
     async def agent(self, line: Line) -> RunRecord:
         """Read the agent's run file there; whether its process lives shows when it is talked to."""
-        path = f"{self._entry.install_path}/home/run/agent.json"
-        try:
-            content = await line.connection.read(path, bytes_max=RUN_FILE_BYTES_MAX)
-            return msgspec.json.decode(content, type=RunRecord)
-        except msgspec.DecodeError as error:
-            raise ArrieroError(ErrorCode.NOT_RUNNING, "the agent's run file is not whole") from error
-        except ArrieroError as error:
-            if error.code is ErrorCode.NOT_FOUND:
-                raise ArrieroError(
-                    ErrorCode.NOT_RUNNING, f"no agent runs on {self._entry.name}", node=self._entry.name
-                ) from error
-            raise
+        return await read_run_record(self._entry, line.connection)
 
-    async def drop(self) -> None:
+    async def drop(self, above: int = 0) -> None:
         """Close the connection, and with it every stream that went over it."""
+        self._above = max(self._above, above)
         line, self._line = self._line, None
         if line is not None:
             await line.forget()
@@ -225,3 +227,51 @@ def address_of(entry: NodeEntry) -> NodeAddress:
         host_key=entry.host_key or None,
         install_path=entry.install_path,
     )
+
+
+async def read_run_record(entry: NodeEntry, connection: Connection) -> RunRecord:
+    """Return the run record of the agent on a registered machine.  Raises NOT_RUNNING, NODE_UNREACHABLE."""
+    path = f"{entry.install_path}/home/run/agent.json"
+    try:
+        content = await connection.read(path, bytes_max=RUN_FILE_BYTES_MAX)
+        return msgspec.json.decode(content, type=RunRecord)
+    except msgspec.DecodeError as error:
+        raise ArrieroError(ErrorCode.NOT_RUNNING, "the agent's run file is not whole") from error
+    except ArrieroError as error:
+        if error.code is ErrorCode.NOT_FOUND:
+            raise ArrieroError(
+                ErrorCode.NOT_RUNNING, f"no agent runs on {entry.name}", node=entry.name
+            ) from error
+        raise
+
+
+async def ask_capabilities(
+    entry: NodeEntry, connection: Connection, http: Http, leases: Leases
+) -> Capabilities:
+    """Return what the agent of a machine tells of it, over a connection of its own.
+
+    Raises NOT_RUNNING, NODE_UNREACHABLE.
+    """
+    line = Line(connection, http, holder_id=leases.holder_id, lease=await leases.next_lease())
+    record = await read_run_record(entry, connection)
+    await line.open(record.url)
+    try:
+        return await line.peer(record.url, record.token).call("GET", "/v1/capabilities", answer=Capabilities)
+    finally:
+        await line.shut(record.url)
+
+
+async def connect(fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]) -> Connection:
+    """Connect to a machine for a piece of work, telling each step.
+
+    The key's file is checked before anything is sent.  Raises SSH_KEY_UNUSABLE, SSH_HOST_KEY_UNKNOWN,
+    SSH_HOST_KEY_CHANGED, SSH_AUTH_FAILED, NODE_UNREACHABLE.
+    """
+    address = address_of(entry)
+    if address.key_path is not None:
+        await asyncio.to_thread(check_key_file, address.key_path)
+        tell(NodeStep(step="key", message=f"the key {address.key_path} is there and nobody else's to read"))
+    tell(NodeStep(step="connect", message=f"connects to {address}"))
+    connection = await fabric.connect(address)
+    tell(NodeStep(step="login", message=f"{address} let us in; its host key is the one that is known"))
+    return connection

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from arriero.contracts.fence import FENCE_HEADER
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -20,7 +21,6 @@ from arriero.runtime.entropy import Entropy
 CONNECT_DELAYS_S: Final = (0.0, 0.2, 0.4)
 #: So much unread is held before the socket is paused.
 UNREAD_BYTES_MAX: Final = 256 * 1024
-FENCE_HEADER: Final = "x-arriero-fence"
 HEAD_BYTES_MAX: Final = 64 * 1024
 #: Shorter than the keep-alive of our servers (75 s), so that a kept connection is seldom a dead one.
 IDLE_S_MAX: Final = 20.0

@@ -85,7 +85,7 @@ class PoolViews:
         return sum(self._loads.values())
 
     def requests_on(self, node: str) -> int:
-        """How many requests are with the workers of a node now."""
+        """Return how many requests are with the workers of a node now."""
         return self._loads.get(node, 0)
 
     def facts(self, model_ref: str) -> ModelFacts:

@@ -50,6 +50,18 @@ class Settings:
         low=0,
         high=1024,
     )
+    engine_index_url: str = _s(
+        "https://xorbitsai.github.io/xllamacpp/whl",
+        "Package index of the engine's builds for accelerators; each lies below its name, as in URL/cu128.",
+    )
+    engine_wheel: str = _s(
+        "", "Wheel file of the engine's build that suits this machine: where the index cannot be reached."
+    )
+    backend: str = _s(
+        "",
+        "Backend of a request that names none. Default: the best there is; cpu leaves a GPU alone that no "
+        "build of the engine computes on.",
+    )
     worker_slots: int = _s(4, "Requests a worker computes at a time.", low=1, high=64)
     worker_queue: int = _s(64, "Requests that wait in a worker before it refuses more.", low=0, high=10_000)
     context_tokens_max: int = _s(

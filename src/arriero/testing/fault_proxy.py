@@ -1,4 +1,4 @@
-"""How does a line break?  A TCP relay on loopback that does it at a given byte, and counts what it relays.
+"""How does a line break, or lag?  A TCP relay that does it at a given byte, and counts what it relays.
 
 async with FaultProxy(port) as proxy:
     proxy.cut_at(100_000, Cut.RESET)   # when so many bytes have gone to clients, all connections together
@@ -16,6 +16,8 @@ from typing import Final, Self
 _READ_BYTES: Final = 64 * 1024
 #: Little is on its way between the two ends, so that what was relayed has nearly arrived.
 _BUFFER_BYTES: Final = 256 * 1024
+#: On their way at once, where there is a delay.
+_PIECES_LATE_MAX: Final = 256
 
 
 class Cut(enum.StrEnum):
@@ -30,15 +32,27 @@ class Cut(enum.StrEnum):
 
 
 class FaultProxy:
-    """Relays to `port` of this machine.  Used as `async with FaultProxy(port) as proxy`."""
+    """Relays to a port of this machine, or of `host`.  Used as `async with FaultProxy(port) as proxy`.
 
-    def __init__(self, port: int, *, rate_bytes_per_s: float | None = None) -> None:
+    `delay_s`: every byte arrives so much later, in either direction.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        host: str = "127.0.0.1",
+        rate_bytes_per_s: float | None = None,
+        delay_s: float = 0.0,
+    ) -> None:
         #: Bytes that were sent to clients, over all connections there ever were.
         self.relayed_bytes = 0
         #: Cuts that happened.
         self.cuts: list[tuple[int, Cut]] = []
         self.connections = 0
+        self._host = host
         self._port = port
+        self._delay_s = delay_s
         self._rate_bytes_per_s = rate_bytes_per_s
         self._due: list[tuple[int, Cut, bool]] = []
         self._happened = asyncio.Event()
@@ -49,8 +63,14 @@ class FaultProxy:
     @property
     def url(self) -> str:
         """The address, without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
         assert self._server is not None, "used outside of its `async with`"
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -88,13 +108,19 @@ class FaultProxy:
         stalled = self._open[writer] = asyncio.Event()
         _keep_little(writer)
         try:
-            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+            server_reader, server_writer = await asyncio.open_connection(self._host, self._port)
             _keep_little(server_writer)
+            going, coming = _Late(reader, self._delay_s), _Late(server_reader, self._delay_s)
             try:
                 async with asyncio.TaskGroup() as group:
-                    up = group.create_task(_pump(reader, server_writer))
-                    await self._down(server_reader, writer, stalled)
-                    up.cancel()
+                    tasks = [
+                        group.create_task(going.fill()),
+                        group.create_task(coming.fill()),
+                        group.create_task(_pump(going, server_writer)),
+                    ]
+                    await self._down(coming, writer, stalled)
+                    for other in tasks:
+                        other.cancel()
             finally:
                 server_writer.transport.abort()
         except* (ConnectionError, OSError):
@@ -106,10 +132,8 @@ class FaultProxy:
             self._handlers.discard(task)
             writer.close()
 
-    async def _down(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stalled: asyncio.Event
-    ) -> None:
-        while block := await reader.read(_READ_BYTES):
+    async def _down(self, reader: "_Late", writer: asyncio.StreamWriter, stalled: asyncio.Event) -> None:
+        while block := await reader.read():
             rest = memoryview(block)
             while rest:
                 if stalled.is_set():
@@ -138,8 +162,33 @@ class FaultProxy:
                     _reset(writer)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while block := await reader.read(_READ_BYTES):
+class _Late:
+    """What is read from a connection, each piece as late as it shall be."""
+
+    def __init__(self, reader: asyncio.StreamReader, delay_s: float) -> None:
+        self._reader = reader
+        self._delay_s = delay_s
+        # Without a delay no piece more is taken than is passed on: what was relayed has nearly arrived.
+        self._pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_PIECES_LATE_MAX if delay_s else 1)
+
+    async def fill(self) -> None:
+        """Take the pieces as they come, to the end."""
+        loop = asyncio.get_running_loop()
+        piece = b" "
+        while piece:
+            piece = await self._reader.read(_READ_BYTES)
+            await self._pieces.put((loop.time() + self._delay_s, piece))
+
+    async def read(self) -> bytes:
+        """Return the next piece when it is due; b"" at the end."""
+        due_s, piece = await self._pieces.get()
+        if self._delay_s:
+            await asyncio.sleep(due_s - asyncio.get_running_loop().time())
+        return piece
+
+
+async def _pump(reader: _Late, writer: asyncio.StreamWriter) -> None:
+    while block := await reader.read():
         writer.write(block)
         await writer.drain()
     raise ConnectionResetError("the client left")

@@ -11,7 +11,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -21,6 +22,7 @@ import psutil
 
 READY_TIMEOUT_S: Final = 10.0
 ENDED_TIMEOUT_S: Final = 5.0
+DEFAULT_PORT: Final = 22
 #: Somebody else may take the free port first.
 STARTS_MAX: Final = 5
 #: Where the server's unprivileged half lives; a package makes it when a system boots.
@@ -34,15 +36,36 @@ def sshd_path() -> str | None:
     return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server listens and lives, if not on a free port of this machine's loopback."""
+
+    address: str
+    port: int
+    #: What runs a program there; it has the server as its child, or becomes it.
+    enter: tuple[str, ...]
+    #: The server's folder as it is called there.
+    folder: Path
+    #: The commands that run there get these.
+    env: tuple[str, ...]
+
+
 class SshServer:
-    """One server; `host_key_types` as asyncssh names them."""
+    """One server; `host_key_types` as asyncssh names them; `env` is what commands there find set."""
 
     def __init__(
-        self, folder: Path, *, host_key_types: Sequence[str] = ("ssh-ed25519",), more_config: str = ""
+        self,
+        folder: Path,
+        *,
+        host_key_types: Sequence[str] = ("ssh-ed25519",),
+        more_config: str = "",
+        env: Mapping[str, str] | None = None,
+        place: Place | None = None,
     ) -> None:
         self.folder = folder
         self.user = getpass.getuser()
-        self.port = 0
+        self.address = place.address if place is not None else "127.0.0.1"
+        self.port = place.port if place is not None else 0
         #: A private key that is let in, and one that is not.
         self.key = folder / "key"
         self.wrong_key = folder / "wrong_key"
@@ -51,11 +74,17 @@ class SshServer:
         self.home = folder / "home"
         self._host_key_types = tuple(host_key_types)
         self._more_config = more_config
+        # What the user's own shell does at its start is nothing for tests.
+        self._place = place or Place("127.0.0.1", 0, (), folder, (f"HOME={self.home}",))
+        # One line for all: of several, sshd takes the first alone.
+        self._env = [*self._place.env, *(f"{name}={value}" for name, value in (env or {}).items())]
         self._process: subprocess.Popen[bytes] | None = None
         self._host_keys: dict[str, asyncssh.SSHKey] = {}
 
     def __enter__(self) -> "SshServer":
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._place.enter:
+            self.home.mkdir(exist_ok=True)
         _new_key("ssh-ed25519", self.wrong_key)
         public = _new_key("ssh-ed25519", self.key).export_public_key()
         (self.folder / "authorized_keys").write_bytes(public)
@@ -73,7 +102,7 @@ class SshServer:
     @property
     def target(self) -> str:
         """Its address, as a person gives it."""
-        return f"{self.user}@127.0.0.1:{self.port}"
+        return f"{self.user}@{self.address}:{self.port}"
 
     def fingerprint(self, key_type: str = "ssh-ed25519") -> str:
         """Return the SHA-256 of one of its host keys."""
@@ -82,7 +111,8 @@ class SshServer:
     def known_hosts_line(self, key_type: str = "ssh-ed25519") -> str:
         """Return what known_hosts holds of it."""
         public = self._host_keys[key_type].export_public_key().decode().strip()
-        return f"[127.0.0.1]:{self.port} {public}\n"
+        name = self.address if self.port == DEFAULT_PORT else f"[{self.address}]:{self.port}"
+        return f"{name} {public}\n"
 
     def processes(self) -> list[psutil.Process]:
         """Return the server and the processes of its connections, the commands that run in them too."""
@@ -92,6 +122,12 @@ class SshServer:
             return [parent, *parent.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    def is_listener(self, process: psutil.Process) -> bool:
+        """Return whether a process is the server itself, and not one of its connections."""
+        assert self._process is not None
+        # What enters a place stays, as the server's parent.
+        return (process.ppid() if self._place.enter else process.pid) == self._process.pid
 
     # --- What tests do to it -------------------------------------------------------------
 
@@ -105,15 +141,15 @@ class SshServer:
         """Start it and wait until it listens, on the port it had before if there was one."""
         program = sshd_path()
         assert program is not None, "sshd is not installed"
-        if os.getuid() == 0:
+        if os.getuid() == 0 and not self._place.enter:
             _PRIVILEGE_DIR.mkdir(mode=0o755, exist_ok=True)
         for _ in range(1 if self.port else STARTS_MAX):
             port = self.port or _free_port()
-            config = self._write_config(program, port)
+            self._write_config(program, port)
             with self.log.open("wb") as log:
                 # It starts itself anew for each connection, so it wants its whole path.
                 self._process = subprocess.Popen(
-                    [program, "-D", "-e", "-f", str(config)],
+                    [*self._place.enter, program, "-D", "-e", "-f", self._there("sshd_config")],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
             if self._listens():
@@ -133,6 +169,17 @@ class SshServer:
         self._process.wait(ENDED_TIMEOUT_S)
         self._process = None
 
+    def restart(self) -> None:
+        """End it and its connections as a restart does: what was started through them goes on."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith("sshd"):
+                    process.kill()
+        assert self._process is not None
+        self._process.wait(ENDED_TIMEOUT_S)
+        self._process = None
+        self.start()
+
     def suspend(self) -> None:
         """Let it, and all of its connections, answer nothing any more, as a machine that hangs."""
         for process in self.processes():
@@ -143,13 +190,16 @@ class SshServer:
     def _host_key_file(self, key_type: str) -> Path:
         return self.folder / f"host_{key_type}"
 
-    def _write_config(self, program: str, port: int) -> Path:
+    def _there(self, name: str) -> str:
+        return str(self._place.folder / name)
+
+    def _write_config(self, program: str, port: int) -> None:
         path = self.folder / "sshd_config"
         lines = [
             f"Port {port}",
-            "ListenAddress 127.0.0.1",
-            *(f"HostKey {self._host_key_file(kind)}" for kind in self._host_keys),
-            f"AuthorizedKeysFile {self.folder / 'authorized_keys'}",
+            f"ListenAddress {self.address}",
+            *(f"HostKey {self._there(self._host_key_file(kind).name)}" for kind in self._host_keys),
+            f"AuthorizedKeysFile {self._there('authorized_keys')}",
             "PidFile none",
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
@@ -161,15 +211,14 @@ class SshServer:
             "MaxStartups 1000",
             "LogLevel INFO",
             "Subsystem sftp internal-sftp",
-            # What the user's own shell does at its start is nothing for tests.
-            f"SetEnv HOME={self.home}",
+            f"SetEnv {' '.join(self._env)}",
             self._more_config,
         ]
         plain = "\n".join(lines) + "\n"
         path.write_text(plain + _NO_PENALTIES, "utf-8")
-        if subprocess.run([program, "-t", "-f", str(path)], capture_output=True, check=False).returncode:
+        check = [*self._place.enter, program, "-t", "-f", self._there(path.name)]
+        if subprocess.run(check, capture_output=True, check=False).returncode:
             path.write_text(plain, "utf-8")
-        return path
 
     def _listens(self) -> bool:
         assert self._process is not None

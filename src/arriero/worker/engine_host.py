@@ -54,6 +54,7 @@ class EngineHost:
                 threads=spec.threads,
                 loading_stall_s=spec.loading_stall_s,
                 options=spec.engine_options,
+                engine_folder=Path(spec.engine_folder) if spec.engine_folder else None,
             )
         )
         try:

@@ -190,9 +190,12 @@ async def test_a_download_is_started_and_followed_through_the_orchestrator(tmp_p
 
 @pytest.mark.parametrize(
     "path",
-    ["v1/events", "v1/workers", "v1/models/../events", "v1/models/%2e%2e/events", "v1", "", "v1/modelsx"],
-)
-async def test_of_an_agent_nothing_but_its_models_is_passed_on(tmp_path: Path, path: str) -> None:
+    [
+        "v1/events", "v1/workers", "v1/models/../events", "v1/models/%2e%2e/events", "v1", "", "v1/modelsx",
+        "v1/engines/../events", "v1/enginesx",
+    ],
+)  # fmt: skip
+async def test_of_an_agent_nothing_but_its_models_and_engines_is_passed_on(tmp_path: Path, path: str) -> None:
     """Its events carry the workers' tokens, which are nobody's but the orchestrator's."""
     async with agent(tmp_path), orchestrator(tmp_path) as o:
         await node_is(o, "ready")

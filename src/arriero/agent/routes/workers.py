@@ -7,6 +7,7 @@ from litestar import Request, Response, delete, get, post
 from litestar.params import FromPath, QueryParameter
 from litestar.types import ASGIApp, ControllerRouterHandler
 
+from arriero.agent.routes.admin import fence_in
 from arriero.agent.spawner import Spawner
 from arriero.agent.supervisor import Supervisor
 from arriero.agent.worker_logs import TextStream, follow, last_lines
@@ -39,7 +40,8 @@ def worker_routes(
     async def spawn(request: Request[Any, Any, Any]) -> WorkerRecord:
         """Start a worker (202); it comes back `starting`."""
         body: SpawnBody = await decode_body(request, SpawnBody)
-        return await spawner.spawn(body)
+        fence = fence_in(request)
+        return await spawner.spawn(body, holder="" if fence is None else fence.holder)
 
     @get("/v1/workers/{worker_id:str}")
     async def one_worker(worker_id: WorkerId) -> WorkerRecord:

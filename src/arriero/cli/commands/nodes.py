@@ -1,16 +1,150 @@
-"""`arriero nodes`: which machines are in the pool, and what have they?"""
+"""`arriero nodes`: which machines are in the pool, how does one join, and how does it leave?"""
 
+import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import click
 
-from arriero.cli import options, render
-from arriero.contracts.errors import Exit
+from arriero.cli import options, pool, render
+from arriero.cli.narrator import Narrator
+from arriero.cli.signals import terminable
+from arriero.contracts import ids
+from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
+from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.records import NodeRecord
+from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
+from arriero.contracts.states import NodeState
+
+_EXAMPLES: Final = ("arriero nodes add workstation --ssh ana@workstation", "arriero nodes list")
+_ADD_EXAMPLES: Final = (
+    "arriero nodes add workstation --ssh ana@workstation",
+    "arriero nodes add attic --ssh ana@192.168.1.7:2222 --key ~/.ssh/attic --label room=attic",
+    "arriero nodes add attic --ssh attic --accept-host-key SHA256:…",
+)
+_REMOVE_EXAMPLES: Final = ("arriero nodes remove attic", "arriero nodes remove attic --purge")
+_UPGRADE_EXAMPLES: Final = ("arriero nodes upgrade attic", "arriero nodes upgrade --all")
+_UPDATE_EXAMPLES: Final = (
+    "arriero nodes update attic --label room=cellar",
+    "arriero nodes update attic --ssh ana@192.168.1.8",
+)
 
 
-@click.group(epilog=options.examples(("arriero nodes list", "arriero nodes list --json")))
+def _complete(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        return [node.name for node in options.orchestrator().nodes() if node.name.startswith(incomplete)]
+    except ArrieroError:
+        return []
+
+
+name_argument = click.argument("name", shell_complete=_complete)
+key_option = click.option(
+    "--key",
+    "key_path",
+    metavar="FILE",
+    help="Private key to log in with; default: those that ssh would use.",
+)
+host_key_option = click.option(
+    "--accept-host-key",
+    metavar="FINGERPRINT",
+    help="Accept this host key (SHA256:…), once you have compared it.",
+)
+label_option = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For requests that ask for it; may be given several times.",
+)
+mac_option = click.option(
+    "--mac", metavar="ADDRESS", help="Hardware address that wakes the machine (Wake-on-LAN)."
+)
+carry_option = click.option(
+    "--carry", is_flag=True, help="Bring all packages along, even where the machine has an index of its own."
+)
+
+
+@click.group(epilog=options.examples(_EXAMPLES))
 def nodes() -> None:
-    """Show the machines of the pool."""
+    """Add machines to the pool, look after them, take them out."""
+
+
+# --- Joining ---------------------------------------------------------------------------------
+
+
+@nodes.command("add", epilog=options.examples(_ADD_EXAMPLES))
+@click.argument("name")
+@click.option(
+    "--ssh",
+    required=True,
+    metavar="USER@HOST[:PORT]",
+    help="How ssh reaches it; names of ~/.ssh/config work.",
+)
+@key_option
+@host_key_option
+@click.option(
+    "--install-path",
+    metavar="FOLDER",
+    help="Where arriero goes on that machine.  [default: ~/.local/share/arriero]",
+)
+@label_option
+@mac_option
+@carry_option
+@options.quiet_option
+@options.json_option
+def add(
+    *, name: str, ssh: str, key_path: str | None, accept_host_key: str | None, install_path: str | None,
+    labels: tuple[str, ...], mac: str | None, carry: bool, quiet: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Make a machine part of the pool, over SSH.
+
+    Checks the connection and the machine, installs this version of arriero there for the user who logs
+    in, starts its agent, and registers it.  Nothing there listens to the network: everything goes through
+    SSH.  Whatever fails leaves nothing behind.
+
+    Exit codes: 0 it is part of the pool, 1 error, 2 wrong usage, 124 timed out, 130 interrupted.
+    """
+    _check_name(name)
+    narrator = Narrator(is_quiet=quiet)
+    body = NodeAddBody(
+        name=name,
+        ssh=ssh,
+        key_path=key_path,
+        accept_host_key=accept_host_key,
+        install_path=install_path,
+        labels=_labels(labels),
+        mac=_mac(mac),
+        carry=carry,
+    )
+    with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
+        try:
+            done = client.add_node(body, _shown(narrator))
+        except ArrieroError as error:
+            narrator.clear()
+            fingerprint = _accepted(error) if not as_json else None
+            if fingerprint is None:
+                raise
+            body = NodeAddBody(
+                **{field: getattr(body, field) for field in body.__struct_fields__}
+                | {"accept_host_key": fingerprint}
+            )
+            done = client.add_node(body, _shown(narrator))
+    return _ended(done, narrator, as_json=as_json)
+
+
+def _accepted(error: ArrieroError) -> str | None:
+    """Ask a person who looks on whether an unknown host key is right; return it if so."""
+    fingerprint = error.details.get("fingerprint")
+    is_asked = error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN and render.is_terminal(sys.stdin)
+    if not is_asked or not isinstance(fingerprint, str) or not render.is_terminal(sys.stderr):
+        return None
+    render.note(f"{error.message}")
+    is_right = click.confirm("Is this the machine you mean? Accept this key", default=False, err=True)
+    return fingerprint if is_right else None
+
+
+# --- Looking ---------------------------------------------------------------------------------
 
 
 @nodes.command("list", epilog=options.examples(("arriero nodes list", "arriero nodes list --json")))
@@ -23,7 +157,7 @@ def list_nodes(*, as_json: bool) -> int:
         return Exit.OK
     now = time.time()
     render.table(
-        ("node", "status", "devices", "memory free", "disk free", "last seen", "version"),
+        ("node", "status", "devices", "memory free", "disk free", "last seen", "version", "reached by"),
         [
             [
                 record.name,
@@ -31,12 +165,266 @@ def list_nodes(*, as_json: bool) -> int:
                 ", ".join(device.id for device in record.devices),
                 f"{render.mib_text(record.ram_free_mb)} of {render.mib_text(record.ram_mb)}",
                 render.mib_text(record.disk_free_mb),
-                f"{render.seconds_text(now - record.last_connected_unix)} ago"
-                if record.last_connected_unix
-                else "",
+                _ago(record, now),
                 record.version,
+                record.ssh or "this machine",
             ]
             for record in found
         ],
     )
+    for record in found:
+        if record.error is not None and record.status is NodeState.UNREACHABLE:
+            render.note(f"{record.name}: {record.error.code}: {record.error.message}")
+        for advice in record.advice:
+            render.note(f"{record.name}: {advice}")
     return Exit.OK
+
+
+def _ago(record: NodeRecord, now: float) -> str:
+    if not record.last_connected_unix:
+        return ""
+    return f"{render.seconds_text(now - record.last_connected_unix)} ago"
+
+
+@nodes.command(
+    "show", epilog=options.examples(("arriero nodes show attic", "arriero nodes show attic --json"))
+)
+@name_argument
+@options.json_option
+def show(*, name: str, as_json: bool) -> int:
+    """Show all that is known of a machine."""
+    record = options.orchestrator().node(name)
+    if as_json:
+        render.data(record)
+        return Exit.OK
+    for label, text in _rows(record):
+        if text:
+            render.out(f"{label:<16}{text}")
+    return Exit.OK
+
+
+def _rows(record: NodeRecord) -> list[tuple[str, str]]:
+    error = record.error
+    reached = f"ssh {record.ssh}" if record.is_remote else "this machine"
+    rows = [
+        ("node", record.name),
+        ("status", f"{record.status}" + (" (drained)" if record.is_drained else "")),
+        ("why", f"{error.code}: {error.message}" if error is not None else ""),
+        ("version", record.version),
+        ("reached by", reached),
+        ("key", record.key_path),
+        ("host key", record.host_key),
+        ("install path", record.install_path),
+        ("system", f"{record.os} {record.arch}".strip()),
+        ("processor", f"{record.cpu_cores} cores" if record.cpu_cores else ""),
+        ("memory", f"{render.mib_text(record.ram_free_mb)} free of {render.mib_text(record.ram_mb)}"),
+        ("disk", f"{render.mib_text(record.disk_free_mb)} free"),
+    ]
+    for device in record.devices:
+        room = f"{render.mib_text(device.memory_free_mb)} free of {render.mib_text(device.memory_mb)}"
+        driver = f", driver {device.driver}" if device.driver else ""
+        rows.append(("device", f"{device.id}: {device.name}, {room}{driver}"))
+    rows += [("engine", f"{name} {version}") for name, version in sorted(record.engines.items())]
+    rows += [
+        ("backends", ", ".join(record.backends)),
+        ("labels", " ".join(f"{key}={value}" for key, value in sorted(record.labels.items()))),
+        ("wakes by", record.mac),
+        ("round trip", f"{record.latency_ms:.1f} ms" if record.latency_ms else ""),
+        ("last seen", render.moment_text(record.last_connected_unix)),
+    ]
+    return rows + [("advice", advice) for advice in record.advice]
+
+
+@nodes.command("logs", epilog=options.examples(("arriero nodes logs attic --lines 500",)))
+@name_argument
+@click.option(
+    "--lines",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    help="So many of the last lines.",
+)
+def logs(*, name: str, lines: int) -> int:
+    """Print the log of a machine's agent."""
+    sys.stdout.buffer.write(options.orchestrator(timeout_s=60.0).node_log(name, lines))
+    sys.stdout.buffer.flush()
+    return Exit.OK
+
+
+# --- Changing --------------------------------------------------------------------------------
+
+
+@nodes.command("update", epilog=options.examples(_UPDATE_EXAMPLES))
+@name_argument
+@click.option("--ssh", metavar="USER@HOST[:PORT]", help="How ssh reaches it now.")
+@key_option
+@host_key_option
+@label_option
+@mac_option
+@options.json_option
+def update(
+    *, name: str, ssh: str | None, key_path: str | None, accept_host_key: str | None,
+    labels: tuple[str, ...], mac: str | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Change what is kept of a machine; `--label KEY=` takes a label away, `--mac ""` the address."""
+    body = NodeUpdateBody(
+        ssh=ssh,
+        key_path=key_path,
+        accept_host_key=accept_host_key,
+        labels=_labels(labels),
+        mac="" if mac == "" else _mac(mac),
+    )
+    if body == NodeUpdateBody():
+        raise options.refuse("nothing to change: give at least one option")
+    record = options.orchestrator().update_node(name, body)
+    if as_json:
+        render.data(record)
+    return Exit.OK
+
+
+@nodes.command("drain", epilog=options.examples(("arriero nodes drain attic --wait 600",)))
+@name_argument
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 86_400),
+    metavar="SECONDS",
+    help="Wait up to so long for the requests that run there.",
+)
+@options.quiet_option
+@options.json_option
+def drain(*, name: str, wait_s: float | None, quiet: bool, as_json: bool) -> int:
+    """Give a machine no new work; what runs there goes on to its end.
+
+    Exit codes: 0 drained, 1 error, 124 something still runs after --wait: it stays drained.
+    """
+    return _work(
+        lambda client, on_step: client.drain_node(name, on_step, wait_s=wait_s), quiet=quiet, as_json=as_json
+    )
+
+
+@nodes.command("undrain", epilog=options.examples(("arriero nodes undrain attic",)))
+@name_argument
+@options.json_option
+def undrain(*, name: str, as_json: bool) -> int:
+    """Give a machine work again."""
+    record = options.orchestrator().undrain_node(name)
+    if as_json:
+        render.data(record)
+    return Exit.OK
+
+
+@nodes.command("upgrade", epilog=options.examples(_UPGRADE_EXAMPLES))
+@click.argument("name", required=False, shell_complete=_complete)
+@click.option("--all", "is_all", is_flag=True, help="All machines behind SSH, one after the other.")
+@carry_option
+@options.quiet_option
+@options.json_option
+def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json: bool) -> int:
+    """Bring a machine to this version: drain, install, restart, check; back to the old one if that fails.
+
+    Exit codes: 0 upgraded, or already of this version; 1 error.
+    """
+    if (name is None) is not is_all:
+        raise options.refuse("give the NAME of a machine, or --all")
+    client = options.orchestrator()
+    names = [name] if name is not None else [node.name for node in client.nodes() if node.is_remote]
+    narrator = Narrator(is_quiet=quiet)
+    done: list[NodeDone] = []
+    failed: list[tuple[str, ArrieroError]] = []
+    with terminable():
+        for each in names:
+            try:
+                done.append(client.upgrade_node(each, _shown(narrator), carry=carry))
+                narrator.clear()
+                narrator.say("orchestrator", done[-1].message)
+            except ArrieroError as error:
+                narrator.clear()
+                if not is_all:
+                    raise
+                failed.append((each, error))
+                render.error(error)
+    if as_json:
+        render.data(
+            {"nodes": [each.node for each in done], "failed": {each: e.body() for each, e in failed}}
+            if is_all
+            else done[0].node
+        )
+    return Exit.ERROR if failed else Exit.OK
+
+
+@nodes.command("remove", epilog=options.examples(_REMOVE_EXAMPLES))
+@name_argument
+@click.option("--purge", is_flag=True, help="Remove models and installation there as well.")
+@click.option("--force", is_flag=True, help="Forget it even if it cannot be reached.")
+@options.quiet_option
+@options.json_option
+def remove(*, name: str, purge: bool, force: bool, quiet: bool, as_json: bool) -> int:
+    """Stop what was started on a machine, and forget it."""
+    return _work(
+        lambda client, on_step: client.remove_node(name, on_step, purge=purge, force=force),
+        quiet=quiet,
+        as_json=as_json,
+    )
+
+
+# --- What they share -------------------------------------------------------------------------
+
+
+def _work(run: Callable[[Any, Callable[[NodeStep], None]], NodeDone], *, quiet: bool, as_json: bool) -> int:
+    narrator = Narrator(is_quiet=quiet)
+    with terminable():
+        try:
+            done = run(options.orchestrator(), _shown(narrator))
+        finally:
+            narrator.clear()
+    return _ended(done, narrator, as_json=as_json)
+
+
+def _ended(done: NodeDone, narrator: Narrator, *, as_json: bool) -> int:
+    narrator.clear()
+    narrator.say("orchestrator", done.message)
+    if as_json:
+        render.data(done.node if done.node is not None else {"message": done.message})
+    return Exit.OK
+
+
+def _shown(narrator: Narrator) -> Callable[[NodeStep], None]:
+    def show_step(step: NodeStep) -> None:
+        if step.fraction is None:
+            narrator.say(step.actor, step.message)
+        else:
+            narrator.advance(step.step, step.fraction, step.message)
+
+    return show_step
+
+
+def _check_name(name: str) -> None:
+    if ids.NODE_NAME.fullmatch(name) is None:
+        raise options.refuse(
+            f"the name {name[:80]!r} is not made of a-z, 0-9 and - alone, beginning with a letter or digit, "
+            "63 at most",
+            param="name",
+        )
+
+
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for label in given:
+        key, equals, value = label.partition("=")
+        if not equals or not key:
+            raise options.refuse(f"--label {label[:80]!r}: give it as KEY=VALUE", param="label")
+        found[key] = value
+    return found
+
+
+def _mac(given: str | None) -> str | None:
+    if given is None:
+        return None
+    import re
+
+    if re.fullmatch(r"([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}", given) is None:
+        raise options.refuse(
+            f"--mac {given[:80]!r} is no hardware address such as 00:1a:2b:3c:4d:5e", param="mac"
+        )
+    return given

@@ -15,8 +15,6 @@ from arriero.contracts.records import (
     DownloadList,
     DownloadRecord,
     Health,
-    NodeList,
-    NodeRecord,
     TaskRecord,
     WorkerList,
     WorkerRecord,
@@ -27,6 +25,7 @@ from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
+from arriero.orchestrator.routes.nodes import node_routes
 from arriero.orchestrator.routes.streams import decode_strictly
 
 #: `all=1` in a query.
@@ -68,8 +67,15 @@ class DownloadAccepted(msgspec.Struct, frozen=True, kw_only=True):
 
 def handlers(o: Orchestrator) -> list[ControllerRouterHandler]:
     """Return the routes of management."""
-    return [*_health_routes(o), *_node_routes(o), *_worker_routes(o), *_download_routes(o),
-            *_model_routes(o), *_task_routes(o)]  # fmt: skip
+    return [
+        *_health_routes(o),
+        *node_routes(o),
+        *_placement_routes(o),
+        *_worker_routes(o),
+        *_download_routes(o),
+        *_model_routes(o),
+        *_task_routes(o),
+    ]
 
 
 def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -96,17 +102,7 @@ def _health_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [health, ready, scrape]
 
 
-def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
-    @get("/v1/nodes")
-    async def list_nodes() -> NodeList:
-        """Return the machines of the pool."""
-        return NodeList([node.record() for node in o.registry.nodes()])
-
-    @get("/v1/nodes/{name:str}")
-    async def get_node(name: FromPath[str]) -> NodeRecord:
-        """Return one machine."""
-        return o.registry.node(name).record()
-
+def _placement_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/placements:explain", status_code=200)
     async def explain(request: Asked) -> PlacementExplained:
         """Say where a request would go now, and why nowhere else."""
@@ -116,7 +112,7 @@ def _node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         wants = Wants(model, body.node, body.backend, body.device, labels=labels_of(body.labels))
         return o.explain(wants)
 
-    return [list_nodes, get_node, explain]
+    return [explain]
 
 
 def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:

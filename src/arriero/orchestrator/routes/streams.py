@@ -20,6 +20,8 @@ from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, sen
 
 Handler: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 _RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+#: What an agent's routes begin with that anybody may ask for through us.
+_PASSED_ON: Final = (["v1", "models"], ["v1", "engines"])
 #: Path, method and purpose of the routes that are answered here and not by the management routes.
 STREAM_ROUTES: Final = (
     ("/v1/chat/completions", "POST", "OpenAI's chat, streamed or not."),
@@ -28,7 +30,11 @@ STREAM_ROUTES: Final = (
     ("/v1/downloads/progress", "GET", "Follow a download (`download_id`) as events."),
     ("/v1/downloads/{download_id}/progress", "GET", "Follow a download as events."),
     ("/v1/events", "GET", "Follow nodes, workers and tasks as events."),
-    ("/v1/nodes/{name}/proxy/{path}", "ANY", "An agent's routes below `/v1/models`, wherever it lives."),
+    (
+        "/v1/nodes/{name}/proxy/{path}",
+        "ANY",
+        "An agent's routes below `/v1/models` and `/v1/engines`, wherever it lives.",
+    ),
     ("/v1/tasks", "POST", "Accept a task (202), or run it as an event stream that owns it."),
     ("/v1/tasks/{task_id}/events", "GET", "Follow a task's events, from `Last-Event-ID` on."),
     ("/v1/workers/{worker_id}/logs", "GET", "Return a worker's log; with `follow=1` until it ends."),
@@ -137,7 +143,7 @@ class Front:
         parts = scope["path"].split("/", 5)
         rest = parts[5].split("/") if len(parts) > 5 else []
         # An agent's other routes tell secrets: its events carry the workers' tokens.
-        if rest[:2] != ["v1", "models"] or ".." in rest:
+        if rest[:2] not in _PASSED_ON or ".." in rest:
             fail(ErrorCode.NOT_FOUND, f"no route {scope['path'][:200]}", path=scope["path"][:200])
         target = "/" + quote("/".join(rest), safe="/:@!$&'()*+,;=~-._") + _query(scope)
         await self._to_agent(scope, receive, send, parts[3], target)

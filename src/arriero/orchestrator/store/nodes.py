@@ -1,17 +1,18 @@
 """Which machines belong to the pool, and who are we to them?  (`NodeStore`)"""
 
 import sqlite3
+from functools import partial
 from typing import Final, Self
 
 import msgspec
 
+from arriero.contracts.fence import HOLDER_DIGITS, holder_id
 from arriero.contracts.records import Capabilities
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.sqlite import Database
 
 #: Fencing numbers are taken from the disk so many at a time: a herd that reconnects costs few writes.
 LEASES_AT_A_TIME: Final = 256
-HOLDER_DIGITS: Final = 16
 
 
 class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +49,7 @@ class NodeStore:
         """Return the store; an orchestrator that is new here gets its id."""
         await database.execute(
             "INSERT OR IGNORE INTO holder (only_row, holder_id, next_lease) VALUES (1, ?, 1)",
-            (entropy.hex(HOLDER_DIGITS)[:HOLDER_DIGITS],),
+            (holder_id(entropy.hex(HOLDER_DIGITS)),),
         )
         row = await database.fetch_one("SELECT holder_id FROM holder")
         assert row is not None, "it was put there just now"
@@ -70,10 +71,14 @@ class NodeStore:
         """Keep nothing of a machine any more."""
         await self._database.execute("DELETE FROM nodes WHERE name = ?", (name,))
 
-    async def next_lease(self) -> int:
-        """Return a fencing number larger than all before, also those of earlier processes."""
+    async def next_lease(self, above: int = 0) -> int:
+        """Return a fencing number larger than all before, also those of earlier processes, and than `above`.
+
+        `above`: what a node was held under by another orchestrator.
+        """
+        self._lease = max(self._lease, above)
         while self._lease >= self._reserved:
-            first = await self._database.transaction(_reserve)
+            first = await self._database.transaction(partial(_reserve, self._lease + 1))
             # Another caller may have been quicker: then its numbers are used, and ours left out.
             if self._lease >= self._reserved:
                 self._lease, self._reserved = first - 1, first - 1 + LEASES_AT_A_TIME
@@ -81,7 +86,7 @@ class NodeStore:
         return self._lease
 
 
-def _reserve(connection: sqlite3.Connection) -> int:
-    first: int = connection.execute("SELECT next_lease FROM holder").fetchone()[0]
+def _reserve(at_least: int, connection: sqlite3.Connection) -> int:
+    first: int = max(at_least, connection.execute("SELECT next_lease FROM holder").fetchone()[0])
     connection.execute("UPDATE holder SET next_lease = ?", (first + LEASES_AT_A_TIME,))
     return first

@@ -1,0 +1,214 @@
+"""How does a machine join the pool, step by step?  (`arriero nodes add`)
+
+Checked first, then installed, then started, then registered: whatever fails leaves either a working
+node or no trace, and says which.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Final
+
+import msgspec
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.requests import NodeAddBody
+from arriero.contracts.states import NodeState
+from arriero.fabrics.base import INSTALL_PATH, Connection, Fabric, NodeAddress
+from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.machines.survey import Tell
+from arriero.orchestrator.membership import Membership
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.reach import address_of, ask_capabilities, connect
+from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.http import Http
+
+#: A machine that was installed and started just now answers within this, or is taken back.
+READY_TIMEOUT_S: Final = 30.0
+#: So long, at most, is spent on taking back what failed.
+ROLLBACK_TIMEOUT_S: Final = 60.0
+
+
+class Underway:
+    """Which nodes are being added, upgraded or removed now: one thing at a time for each."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def only(self, name: str, what: str) -> Iterator[None]:
+        """Hold a node for one piece of work.  Raises INVALID_REQUEST if there is another."""
+        if name in self._names:
+            fail(
+                ErrorCode.INVALID_REQUEST,
+                f"{name} is being {self._names[name]} already: wait for its end",
+                node=name,
+            )
+        self._names[name] = what
+        try:
+            yield
+        finally:
+            del self._names[name]
+
+
+class Adding:
+    """Adds machines."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        membership: Membership,
+        store: NodeStore,
+        machines: Machines,
+        fabric: Fabric,
+        http: Http,
+        group: asyncio.TaskGroup,
+        clock: Clock,
+        underway: Underway,
+    ) -> None:
+        self._registry = registry
+        self._membership = membership
+        self._store = store
+        self._machines = machines
+        self._fabric = fabric
+        self._http = http
+        self._group = group
+        self._clock = clock
+        self._underway = underway
+        self._log = logs.get("arriero.nodes")
+
+    def check(self, body: NodeAddBody) -> NodeEntry:
+        """Return the entry that is to be.  Raises INVALID_REQUEST, NODE_ALREADY_EXISTS."""
+        path = INSTALL_PATH if body.install_path is None else body.install_path
+        address = NodeAddress.parse(
+            body.ssh, key_path=body.key_path, host_key=body.accept_host_key, install_path=path
+        )
+        known = self._registry.find(body.name)
+        if known is not None:
+            at = f" ({known.entry.ssh})" if known.entry.is_remote else " (this machine)"
+            fail(
+                ErrorCode.NODE_ALREADY_EXISTS,
+                f"a node is called {body.name!r} already{at}",
+                node=body.name,
+                suggested_action=f"choose another name, or `arriero nodes remove {body.name}` first",
+            )
+        for node in self._registry.nodes():
+            entry = node.entry
+            same = entry.is_remote and (entry.ssh, entry.install_path) == (str(address), path)
+            if same:
+                fail(
+                    ErrorCode.NODE_ALREADY_EXISTS,
+                    f"{address} is in the pool already, as {node.name}",
+                    node=node.name,
+                )
+        return NodeEntry(
+            name=body.name,
+            ssh=str(address),
+            key_path=body.key_path or "",
+            host_key=body.accept_host_key or "",
+            install_path=path,
+            labels=dict(body.labels),
+            mac=(body.mac or "").lower().replace("-", ":"),
+            added_unix=self._clock.wall_s(),
+        )
+
+    async def add(self, body: NodeAddBody, tell: Tell) -> NodeDone:
+        """Have a machine join; each step is told.
+
+        Raises what keeps it from that: SSH_KEY_UNUSABLE, SSH_HOST_KEY_UNKNOWN, SSH_AUTH_FAILED,
+        NODE_UNREACHABLE, PYTHON_TOO_OLD, INSUFFICIENT_DISK, INSTALL_FAILED…
+        """
+        entry = self.check(body)
+        with self._underway.only(entry.name, "added"):
+            async with self._connected(entry, tell) as connection:
+                survey = await self._machines.survey(connection, entry.install_path, tell)
+                await self._not_held_by_another(entry, connection)
+                async with self._taken_back(entry, tell, purge=not survey.environments):
+                    await self._machines.install(connection, survey, tell, carry=body.carry)
+                    await self._machines.start(connection, entry.install_path, entry.name, tell)
+                    node = await self._joined(entry, connection, tell)
+        return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
+
+    async def _not_held_by_another(self, entry: NodeEntry, connection: Connection) -> None:
+        """Raise LEASE_SUPERSEDED if another orchestrator holds it: before anything is touched."""
+        try:
+            await ask_capabilities(entry, connection, self._http, self._store)
+        except ArrieroError as error:
+            if (
+                error.code is ErrorCode.LEASE_SUPERSEDED
+                and error.details.get("holder") != self._store.holder_id
+            ):
+                error.details["suggested_action"] = (
+                    "remove it there first, or give another --install-path here: then it has an agent for each"
+                )
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, entry: NodeEntry, tell: Tell) -> AsyncIterator[Connection]:
+        connection = await connect(self._fabric, entry, tell)
+        try:
+            yield connection
+        finally:
+            await connection.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _taken_back(self, entry: NodeEntry, tell: Tell, *, purge: bool) -> AsyncIterator[None]:
+        """Leave nothing there of what failed or was interrupted; `purge`: nothing was there before."""
+        try:
+            yield
+        except BaseException as error:
+            # In a task of its own: whoever asked may be gone already.
+            task = self._group.create_task(self._take_back(entry, tell, purge), name="take-back")
+            left = await asyncio.shield(task)
+            if isinstance(error, ArrieroError):
+                error.details["left"] = left
+            raise
+
+    async def _take_back(self, entry: NodeEntry, tell: Tell, purge: bool) -> str:
+        name = entry.name
+        tell(NodeStep(step="rollback", message=f"takes back what was begun on {name}"))
+        try:
+            async with asyncio.timeout(ROLLBACK_TIMEOUT_S):
+                if self._registry.find(name) is not None:
+                    await self._membership.forget(name)
+                # A connection of its own: the other one may be what failed.
+                connection = await self._fabric.connect(address_of(entry))
+                try:
+                    await self._machines.remove(connection, entry.install_path, tell, purge=purge)
+                finally:
+                    await connection.aclose()
+        except (ArrieroError, TimeoutError) as error:
+            why = error.message if isinstance(error, ArrieroError) else "it took too long"
+            self._log.error("not taken back", node=name, why=why)
+            left = f"something may be left in {entry.install_path} there ({why}): the same command goes on"
+        else:
+            left = "nothing is left there"
+        tell(NodeStep(step="rollback", message=left))
+        return left
+
+    async def _joined(self, entry: NodeEntry, connection: Connection, tell: Tell) -> Node:
+        """Register a machine whose agent runs, and wait until it is held."""
+        # Asked over this connection, so that nothing is registered that does not answer.
+        capabilities = await ask_capabilities(entry, connection, self._http, self._store)
+        tell(
+            NodeStep(
+                step="health",
+                message=f"arriero {capabilities.version} answers: "
+                f"{', '.join(device.name for device in capabilities.devices)}",
+                actor=entry.name,
+            )
+        )
+        if self._registry.find(entry.name) is not None:
+            fail(ErrorCode.NODE_ALREADY_EXISTS, f"a node is called {entry.name!r} by now", node=entry.name)
+        node = await self._membership.register(msgspec.structs.replace(entry, capabilities=capabilities))
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                while node.state is NodeState.JOINING or node.state is NodeState.UNREACHABLE:
+                    await self._registry.changed.wait()
+        except TimeoutError as error:
+            why = node.error.message if node.error is not None else "its agent does not tell of itself"
+            raise ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{entry.name} did not join: {why}") from error
+        return node

@@ -1,0 +1,83 @@
+"""How do the agents of other machines end, or let go, with their orchestrator?
+
+The order is the orchestrator's: it takes no more requests, what runs comes to its end, and then it
+calls these.  All nodes at the same time, so that one that does not answer costs the others nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.requests import ShutdownBody
+from arriero.runtime import logs
+from arriero.runtime.clock import Clock
+from arriero.runtime.http import Peer
+
+AT_ONCE_MAX: Final = 64
+ASK_TIMEOUT_S: Final = 5.0
+#: Beyond a node's own grace time, for what is killed after it to be gone.
+EXTRA_S: Final = 15.0
+_LOOK_S: Final = 0.1
+
+
+async def end_agents(agents: Mapping[str, Peer], *, grace_s: float, clock: Clock) -> dict[str, ArrieroError]:
+    """End agents, by their node's name, with their workers, and wait until they are gone.
+
+    An agent ends its workers as SIGTERM makes it do, within its own grace time; `grace_s` is how long
+    we wait for that.  Returns why those have not ended that have not: it is told in the log as well.
+    """
+
+    async def end(peer: Peer) -> None:
+        await peer.call("POST", "/v1/admin/shutdown", body=ShutdownBody(), timeout_s=ASK_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(grace_s + EXTRA_S):
+                while await _answers(peer):
+                    await clock.sleep_s(_LOOK_S)
+        except TimeoutError as error:
+            raise ArrieroError(
+                ErrorCode.REQUEST_TIMEOUT, f"its agent has not ended within {grace_s + EXTRA_S:g} s"
+            ) from error
+
+    return await _of_all(agents, end, "agent not ended")
+
+
+async def release_nodes(nodes: Mapping[str, Peer], *, grace_s: float) -> dict[str, ArrieroError]:
+    """Let go of nodes whose agents stay; workers that were bound to us are gone when this returns.
+
+    Returns why those could not be let go of that could not: their agents end such workers themselves,
+    when they have not heard of us for some seconds.
+    """
+
+    async def release(peer: Peer) -> None:
+        await peer.call("POST", "/v1/admin/release", timeout_s=grace_s + EXTRA_S)
+
+    return await _of_all(nodes, release, "node not released")
+
+
+async def _answers(peer: Peer) -> bool:
+    try:
+        await peer.call("GET", "/v1/health", timeout_s=ASK_TIMEOUT_S)
+    except ArrieroError as error:
+        return error.code is not ErrorCode.NODE_UNREACHABLE
+    return True
+
+
+async def _of_all(
+    peers: Mapping[str, Peer], do: Callable[[Peer], Awaitable[None]], event: str
+) -> dict[str, ArrieroError]:
+    failures: dict[str, ArrieroError] = {}
+    places = asyncio.Semaphore(AT_ONCE_MAX)
+
+    async def one(name: str, peer: Peer) -> None:
+        async with places:
+            try:
+                await do(peer)
+            except ArrieroError as error:
+                failures[name] = error
+                logs.get("arriero.cascade").warning(event, node=name, code=str(error.code), why=error.message)
+
+    async with asyncio.TaskGroup() as group:
+        for name, peer in peers.items():
+            group.create_task(one(name, peer), name=f"cascade-{name}")
+    return failures

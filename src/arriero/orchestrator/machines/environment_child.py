@@ -1,0 +1,203 @@
+"""How does an environment come to be on a machine, whole or not at all?  Runs there, see `there_child.py`."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from arriero.orchestrator.machines.there_child import (
+    MARKER,
+    WHOLE,
+    Facts,
+    Refused,
+    call,
+    current,
+    path_problem,
+    read,
+    sha256_of,
+    turn,
+    whole,
+    write,
+)
+
+#: What a transfer that was cut left is cleared away after this time.
+PARTS_KEPT_S = 3600.0
+
+
+def prepare(path: str) -> Facts:
+    """Make the installation's folders; say what is there already."""
+    root = Path(path).absolute()
+    problem = path_problem(root)
+    if problem:
+        raise Refused("INSTALL_PATH_UNUSABLE", problem)
+    made = []
+    above = root
+    while not above.exists():
+        made.append(str(above))
+        above = above.parent
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (root / MARKER).exists():
+        write(root / MARKER, {"made": made})
+    for name in ("envs", "carried", "carried/wheels"):
+        (root / name).mkdir(mode=0o700, exist_ok=True)
+    return {"current": current(root), "environments": whole(root)}
+
+
+def held(path: str, files: dict[str, str]) -> list[str]:
+    """Return which files below `carried` are not there with their SHA-256; clear what was left of others."""
+    carried = Path(path).absolute() / "carried"
+    for part in [*carried.glob(".*.part"), *carried.glob("wheels/.*.part")]:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > PARTS_KEPT_S:
+                part.unlink()
+    return [name for name, sha256 in files.items() if sha256_of(carried / name) != sha256]
+
+
+def index(path: str, requirement: str, pip: str, timeout_s_of_pip: float) -> bool:
+    """Return whether the machine's own package index has a small package of the lock."""
+    root = Path(path).absolute()
+    with tempfile.TemporaryDirectory(dir=root / "carried", prefix=".index-") as folder:
+        asked = Path(folder) / "asked.txt"
+        asked.write_text(requirement + "\n")
+        argv = [sys.executable, str(root / "carried" / pip / "pip"), "download", "--no-deps", *PIP_SHORT,
+                "--require-hashes", "--only-binary=:all:", "--dest", folder, "-r", str(asked)]  # fmt: skip
+        try:
+            call(argv, timeout_s_of_pip)
+        except Refused:
+            return False
+    return True
+
+
+PIP_SHORT = [
+    "--disable-pip-version-check",
+    "--no-input",
+    "--no-cache-dir",
+    "--retries",
+    "1",
+    "--timeout",
+    "8",
+]
+
+
+def build(
+    path: str, tag: str, version: str, wheel: str, pip: str, carried: bool, timeout_s_of_pip: float
+) -> Facts:
+    """Make an environment, check it, and let `current` point to it; take a half one away if that fails."""
+    root = Path(path).absolute()
+    environment = root / "envs" / tag
+    with turn(root):
+        previous = current(root)
+        if not (environment / WHOLE).is_file():
+            for half in (root / "envs").iterdir():
+                if not (half / WHOLE).is_file():
+                    shutil.rmtree(half)
+            try:
+                _fill(root, environment, wheel, pip, carried, timeout_s_of_pip)
+                check(environment, version)
+                write(environment / WHOLE, {"version": version, "wheel": wheel, "python": sys.version})
+            except BaseException:
+                shutil.rmtree(environment, ignore_errors=True)
+                raise
+        _point(root, tag)
+        for other in whole(root):
+            if other not in (tag, previous):
+                _remove_environment(root, other)
+        return {"previous": previous}
+
+
+def _fill(root: Path, environment: Path, wheel: str, pip: str, carried: bool, timeout_s: float) -> None:
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
+    call(venv, 60)
+    own = root / "carried"
+    arriero = own / "arriero.txt"
+    arriero.write_text(f"{own / wheel} --hash=sha256:{sha256_of(own / wheel)}\n")
+    where = ["--isolated", "--no-index", "--find-links", str(own / "wheels")] if carried else []
+    argv = [str(environment / "bin" / "python"), str(own / pip / "pip"), *where[:1], "install", "--no-deps",
+            *where[1:], *PIP_SHORT, "--require-hashes", "--only-binary=:all:", "--no-compile",
+            "--no-warn-script-location", "-r", str(own / "runtime.txt"), "-r", str(arriero)]  # fmt: skip
+    call(argv, timeout_s)
+
+
+def check(environment: Path, version: str) -> None:
+    """Know that an environment runs, and what.  Raises INSTALL_FAILED."""
+    argv = [str(environment / "bin" / "python"), "-m", "arriero", "version", "--json"]
+    said = call(argv, 60)
+    found = json.loads(said.strip().splitlines()[-1])["version"]
+    if found != version:
+        raise Refused("INSTALL_FAILED", f"the new environment has arriero {found} instead of {version}")
+
+
+def _point(root: Path, tag: str) -> None:
+    if current(root) == tag:
+        return
+    fresh = root / f".current.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path("envs") / tag)
+    fresh.replace(root / "current")
+
+
+def _remove_environment(root: Path, tag: str) -> None:
+    environment = root / "envs" / tag
+    # The mark first: what is left when this is cut short is half, and taken away by the next one.
+    (environment / WHOLE).unlink(missing_ok=True)
+    shutil.rmtree(environment, ignore_errors=True)
+
+
+def undo(path: str) -> Facts:
+    """Take away what an installation that failed left, if nothing was installed before; else keep that."""
+    root = Path(path).absolute()
+    if not (root / MARKER).is_file():
+        return {"is_clean": not root.exists()}
+    with turn(root):
+        for half in (root / "envs").glob("*"):
+            if not (half / WHOLE).is_file():
+                shutil.rmtree(half, ignore_errors=True)
+        if not whole(root) and not (root / "home").exists():
+            remove_all(root)
+    return {"is_clean": not root.exists()}
+
+
+def switch(path: str, tag: str, drop: str) -> Facts:
+    """Let `current` point to an environment that is there, and take another one away."""
+    root = Path(path).absolute()
+    if not (root / MARKER).is_file():
+        raise Refused("INSTALL_FAILED", "arriero is not installed there", last_lines=[])
+    with turn(root):
+        if tag not in whole(root):
+            raise Refused("INSTALL_FAILED", f"the environment {tag} is not there any more", last_lines=[])
+        _point(root, tag)
+        if drop and drop != tag:
+            _remove_environment(root, drop)
+    return {"current": current(root)}
+
+
+def remove_all(root: Path) -> None:
+    """Remove everything of ours, and the folders we made for it where nothing else is in them."""
+    made = read(root / MARKER).get("made", [])
+    (root / "current").unlink(missing_ok=True)
+    for name in ("envs", "home", "carried"):
+        shutil.rmtree(root / name, ignore_errors=True)
+        if (root / name).exists():
+            shutil.rmtree(root / name)
+    for name in (".lock", MARKER):
+        (root / name).unlink(missing_ok=True)
+    for folder in made:
+        try:
+            Path(folder).rmdir()
+        except OSError:
+            break
+
+
+ACTIONS: dict[str, Any] = {
+    "prepare": prepare,
+    "held": held,
+    "index": index,
+    "build": build,
+    "undo": undo,
+    "switch": switch,
+}

@@ -1,0 +1,201 @@
+"""How is a machine of the pool upgraded, removed, examined?  (`arriero nodes upgrade|remove|doctor|logs`)"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.states import NodeState
+from arriero.contracts.version import __version__
+from arriero.fabrics.base import Connection, Fabric
+from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
+from arriero.orchestrator.machines.environment import Installation
+from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.machines.survey import Survey, Tell
+from arriero.orchestrator.membership import Membership
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.reach import ask_capabilities, connect
+from arriero.orchestrator.scheduler import Scheduler
+from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime.clock import Clock
+from arriero.runtime.http import Http
+
+#: Between two looks at what still runs on a node that is being drained.
+DRAIN_LOOK_S: Final = 0.2
+
+
+class Upkeep:
+    """What is done to machines that are in the pool."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        membership: Membership,
+        store: NodeStore,
+        machines: Machines,
+        scheduler: Scheduler,
+        fabric: Fabric,
+        http: Http,
+        clock: Clock,
+        underway: Underway,
+    ) -> None:
+        self._registry = registry
+        self._membership = membership
+        self._store = store
+        self._machines = machines
+        self._scheduler = scheduler
+        self._fabric = fabric
+        self._http = http
+        self._clock = clock
+        self._underway = underway
+
+    # --- Drain ---------------------------------------------------------------------------
+
+    async def drain(self, name: str, tell: Tell, *, wait_s: float | None) -> NodeDone:
+        """Give a node no new work; wait up to `wait_s` for what runs there (None: not at all).
+
+        Raises NODE_NOT_FOUND; REQUEST_TIMEOUT if something still runs then: the node stays drained.
+        """
+        node = await self._membership.wish_drained(name, is_drained=True)
+        tell(NodeStep(step="drain", message=f"{name} takes no new work"))
+        if wait_s is not None:
+            await self._drained(node, tell, wait_s)
+        return NodeDone(message=f"{name} is drained", node=node.record())
+
+    async def _drained(self, node: Node, tell: Tell, wait_s: float) -> None:
+        deadline_s = self._clock.monotonic_s() + wait_s
+        told = -1
+        while running := self._scheduler.requests_on(node.name):
+            if running != told:
+                told = running
+                tell(NodeStep(step="drain", message=f"{running} requests still run there", actor=node.name))
+            if self._clock.monotonic_s() >= deadline_s:
+                raise ArrieroError(
+                    ErrorCode.REQUEST_TIMEOUT,
+                    f"{running} requests still run on {node.name} after {wait_s:g} s",
+                    node=node.name,
+                    running=running,
+                )
+            await self._clock.sleep_s(DRAIN_LOOK_S)
+
+    # --- Upgrade -------------------------------------------------------------------------
+
+    async def upgrade(self, name: str, tell: Tell, *, carry: bool, wait_s: float) -> NodeDone:
+        """Bring a machine to our version: install beside, drain, restart, check; go back if that fails.
+
+        Raises NODE_NOT_FOUND, what connecting and installing raise, and VERSION_MISMATCH or
+        NODE_UNREACHABLE if the new one does not answer: the old one runs again then.
+        """
+        entry = self._membership.remote(name)
+        with self._underway.only(name, "upgraded"):
+            async with self._connected(entry, tell) as connection:
+                survey = await self._machines.survey(connection, entry.install_path, tell)
+                was_drained = entry.is_drained
+                # No worker may begin between two versions.
+                node = await self._membership.wish_drained(name, is_drained=True)
+                tell(NodeStep(step="drain", message=f"{name} takes no new work"))
+                try:
+                    installed = await self._machines.install(connection, survey, tell, carry=carry)
+                    if not installed.is_new and await self._version(entry, connection) == __version__:
+                        message = f"{name} is arriero {__version__} already"
+                        return NodeDone(message=message, node=node.record())
+                    with contextlib.suppress(ArrieroError):
+                        await self._drained(node, tell, wait_s)
+                    await self._membership.let_go(name)
+                    try:
+                        await self._restart(entry, connection, survey, installed, tell)
+                    finally:
+                        self._membership.hold(entry)
+                    await self._held(node)
+                finally:
+                    await self._membership.wish_drained(name, is_drained=was_drained)
+        return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
+
+    async def _version(self, entry: NodeEntry, connection: Connection) -> str | None:
+        """Return which version answers there; None if none does."""
+        try:
+            return (await ask_capabilities(entry, connection, self._http, self._store)).version
+        except ArrieroError:
+            return None
+
+    async def _restart(
+        self, entry: NodeEntry, connection: Connection, survey: Survey, installed: Installation, tell: Tell
+    ) -> None:
+        await self._machines.stop(connection, entry.install_path, tell)
+        try:
+            await self._machines.start(connection, entry.install_path, entry.name, tell)
+            version = await self._version(entry, connection)
+            if version != __version__:
+                raise ArrieroError(
+                    ErrorCode.VERSION_MISMATCH,
+                    f"{entry.name} answers as arriero {version} after an upgrade to {__version__}",
+                    node=entry.name,
+                )
+        except ArrieroError as error:
+            if installed.previous is None:
+                raise
+            tell(NodeStep(step="rollback", message=f"{error.message}: goes back to {installed.previous}"))
+            await self._machines.stop(connection, entry.install_path, tell)
+            await self._machines.switch_back(connection, installed, tell)
+            await self._machines.start(connection, entry.install_path, entry.name, tell)
+            error.details["left"] = f"{installed.previous} runs again"
+            raise
+
+    async def _held(self, node: Node) -> None:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                while node.state not in (NodeState.READY, NodeState.DRAINING) or node.error is not None:
+                    await self._registry.changed.wait()
+        except TimeoutError as error:
+            why = node.error.message if node.error is not None else "its agent does not tell of itself"
+            raise ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{node.name} did not join: {why}") from error
+
+    # --- Removal -------------------------------------------------------------------------
+
+    async def remove(self, name: str, tell: Tell, *, purge: bool, force: bool) -> NodeDone:
+        """Stop what we started there and forget the machine; `purge` removes models and environment too.
+
+        A machine that cannot be reached is kept, unless `force`: then it is forgotten, and what is left
+        there is told.  Raises NODE_NOT_FOUND and what connecting raises.
+        """
+        entry = self._membership.remote(name)
+        with self._underway.only(name, "removed"):
+            left = "" if purge else f"; models and environment stay in {entry.install_path} there"
+            try:
+                async with self._connected(entry, tell) as connection:
+                    await self._membership.let_go(name)
+                    await self._machines.remove(connection, entry.install_path, tell, purge=purge)
+            except ArrieroError as error:
+                if not force:
+                    if not self._membership.is_held(name):
+                        self._membership.hold(entry)
+                    error.details.setdefault(
+                        "suggested_action", f"`arriero nodes remove {name} --force` forgets it all the same"
+                    )
+                    raise
+                left = f"; what runs and lies in {entry.install_path} there is left ({error.message})"
+                tell(NodeStep(step="clean", message=f"not cleaned up: {error.message}"))
+            await self._membership.forget(name)
+        return NodeDone(message=f"{name} is no part of the pool any more{left}")
+
+    # --- Looking -------------------------------------------------------------------------
+
+    async def logs(self, name: str, lines: int) -> bytes:
+        """Return the last lines of the agent's log there.  Raises what connecting raises."""
+        entry = self._membership.remote(name)
+        async with self._connected(entry, _unheard) as connection:
+            return await self._machines.logs(connection, entry.install_path, lines)
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, entry: NodeEntry, tell: Tell) -> AsyncIterator[Connection]:
+        connection = await connect(self._fabric, entry, tell)
+        try:
+            yield connection
+        finally:
+            await connection.aclose()
+
+
+def _unheard(_: NodeStep) -> None:
+    """Tell nobody."""

@@ -1,0 +1,134 @@
+"""A machine gets arriero by SSH, whole or not at all, and loses it again without a trace."""
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.support.home import until
+from tests.support.machines import NO_INDEX, Told, programs_in, reached
+
+from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import NodeStep
+from arriero.fabrics.base import Connection
+from arriero.orchestrator.machines.machines import Machines
+from arriero.runtime.clock import SystemClock
+from arriero.testing.sshd import SshServer, sshd_path
+
+pytestmark = [
+    pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="arr-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Iterator[SshServer]:
+    """A machine whose package index does not answer."""
+    with SshServer(tmp_path / "sshd", env=NO_INDEX) as server:
+        yield server
+
+
+async def test_from_nothing_to_a_running_agent_and_back(
+    tmp_path: Path, sockets: Path, offline: SshServer
+) -> None:
+    machines = Machines(tmp_path / "dist", SystemClock(), uses_services=False)
+    path = tmp_path / "deep" / "there"
+
+    # The connection is cut in the middle of the installation.
+    told = Told()
+    async with reached(offline, sockets) as connection:
+
+        def cut(step: NodeStep) -> None:
+            told(step)
+            if "making the environment" in step.message:
+                cut_when_begun()
+
+        def cut_when_begun() -> None:
+            if list((path / "envs").glob("*/bin/python")):
+                _cut(offline)
+            else:
+                asyncio.get_running_loop().call_later(0.02, cut_when_begun)
+
+        found = await machines.survey(connection, str(path), told)
+        assert found.current is None and not path.parent.exists()
+        with pytest.raises(ArrieroError) as lost:
+            await machines.install(connection, found, cut)
+        assert lost.value.code is ErrorCode.NODE_UNREACHABLE
+    assert "no package index" in told.of("package")
+    until("its program has noticed", lambda: not programs_in(path) and not list((path / "envs").iterdir()))
+    assert not (path / "current").exists()
+
+    # The next one goes on: nothing is copied twice.
+    offline.kill()
+    offline.start()
+    told = Told()
+    async with reached(offline, sockets) as connection:
+        found = await machines.survey(connection, str(path), told)
+        first = await machines.install(connection, found, told)
+        assert first.is_new and first.previous is None
+        assert "were there" in told.of("package") and "fetching" not in told.of("package")
+        assert (path / "current").resolve() == path / "envs" / first.tag
+
+        # A second time does nothing, and says so.
+        told = Told()
+        again = await machines.install(connection, await machines.survey(connection, str(path), told), told)
+        assert not again.is_new and again.tag == first.tag and "there already" in told.of("install")
+
+        await _agent_lives(machines, connection, path)
+
+        told = Told()
+        await machines.remove(connection, str(path), told, purge=True)
+    assert not path.parent.exists() and not programs_in(path)
+    assert "nothing of arriero is left" in told.of("clean")
+
+
+async def _agent_lives(machines: Machines, connection: Connection, path: Path) -> None:
+    told = Told()
+    await machines.start(connection, str(path), "attic", told)
+    first = _agent(path)
+    await machines.start(connection, str(path), "attic", told)
+    assert _agent(path) == first and "runs already" in told.of("agent")
+
+    # Killed, it is started again.
+    first.kill()
+    second = until("another agent", lambda: _agent_or_none(path, besides=first), 60)
+    assert b'"node":"attic"' in await machines.logs(connection, str(path), 50)
+    keeper = psutil.Process(json.loads((path / "home/run/keeper.json").read_text())["pid"])
+    assert second.ppid() == keeper.pid
+
+    await machines.stop(connection, str(path), told)
+    assert not programs_in(path) and not list((path / "home" / "run").glob("*.json"))
+    await machines.stop(connection, str(path), told)
+    assert "the agent has ended" in told.of("stop") and "no agent ran" in told.of("stop")
+    # What is removed while it runs is stopped first.
+    await machines.start(connection, str(path), "attic", told)
+
+
+def _cut(server: SshServer) -> None:
+    """End all connections, and nothing that runs in them."""
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("sshd"):
+                process.kill()
+
+
+def _agent(path: Path) -> psutil.Process:
+    return psutil.Process(json.loads((path / "home/run/agent.json").read_text())["pid"])
+
+
+def _agent_or_none(path: Path, *, besides: psutil.Process) -> psutil.Process | None:
+    try:
+        found = _agent(path)
+    except (OSError, ValueError, psutil.Error):
+        return None
+    return None if found.pid == besides.pid else found

@@ -1,0 +1,253 @@
+"""Does a machine behind a real sshd become part of the pool, stay it, and leave it?  By commands alone."""
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import cli
+from tests.support.home import Home, until
+from tests.support.remote import Remote, other_version
+
+from arriero.testing.sshd import sshd_path
+
+pytestmark = [
+    # Two machines come up and down, on one that may be busy.
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
+]
+COUNT = ("infer", "--model", "demo", "--temperature", "0", "Count from 5 to 15.")
+ANSWER = "5 6 7 8 9 10 11 12 13 14 15"
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    with Home() as made:
+        yield made
+        made.run("down")
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[Remote]:
+    with Remote(tmp_path / "far") as made:
+        made.prepare()
+        yield made
+
+
+def node(home: Home, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = home.run("nodes", "show", name, "--json").json
+    return found
+
+
+def status_is(home: Home, name: str, status: str, timeout_s: float = 15.0) -> None:
+    until(f"{name} is {status}", lambda: node(home, name)["status"] == status, timeout_s)
+
+
+def added(home: Home, remote: Remote, name: str = "far", *more: str) -> None:
+    done = remote.add(home, name, *more)
+    assert done.code == 0, done
+
+
+def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None:
+    done = remote.add(home, "far", "--label", "room=attic", "--json")
+    assert done.code == 0, done
+    assert done.json["name"] == "far" and done.json["status"] == "ready"
+    assert done.json["labels"] == {"room": "attic"} and done.json["ssh"] == remote.server.target
+    for said in ("connects to", "let us in", "Python 3", "free at", "agent was started", "part of the pool"):
+        assert said in done.err
+    answer = home.run(*COUNT, "--node", "far")
+    assert (answer.code, answer.out.strip()) == (0, ANSWER), answer
+    assert [worker["node"] for worker in home.workers()] == ["far"]
+    listening = {
+        f"{connection.laddr.ip}"
+        for process in remote.processes()
+        for connection in process.net_connections("inet")
+        if connection.status == "LISTEN"
+    }
+    assert listening == {"127.0.0.1"}
+    assert home.run("nodes", "remove", "far", "-q").code == 0
+    remote.assert_quiet()
+    assert (remote.path / "envs").is_dir(), "without --purge the installation stays"
+    assert home.run("nodes", "show", "far", "--json").json["error"]["code"] == "NODE_NOT_FOUND"
+    added(home, remote, "again")
+    assert home.run("nodes", "remove", "again", "--purge", "-q").code == 0
+    remote.assert_quiet()
+    assert not remote.path.exists()
+
+
+def test_a_drained_node_takes_nothing_new_also_after_a_restart(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run("nodes", "drain", "far", "-q").code == 0
+    refused = home.run(*COUNT, "--node", "far", "--json")
+    assert refused.json["error"]["code"] == "NODE_DRAINING", refused
+    home.kill(home.pid("orchestrator"))
+    elsewhere = home.run(*COUNT, "--json")
+    assert elsewhere.code == 0 and elsewhere.json["node"] == "box"
+    status_is(home, "far", "draining")
+    assert home.run("nodes", "undrain", "far").code == 0
+    assert home.run(*COUNT, "--node", "far").code == 0
+
+
+def test_the_link_is_cut_and_nothing_dies(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run(*COUNT, "--node", "far").code == 0
+    worker = home.workers()[0]
+    remote.server.kill()
+    status_is(home, "far", "unreachable")
+    shown = node(home, "far")
+    assert shown["error"]["code"] == "NODE_UNREACHABLE"
+    refused = home.run(*COUNT, "--node", "far", "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (1, "NODE_UNREACHABLE")
+    remote.server.start()
+    status_is(home, "far", "ready")
+    assert node(home, "far")["lease"] > shown["lease"]
+    assert [(w["worker_id"], w["pid"]) for w in home.workers()] == [(worker["worker_id"], worker["pid"])]
+    assert home.run(*COUNT, "--node", "far").out.strip() == ANSWER
+
+
+def test_the_orchestrator_dies_and_the_next_one_knows_nodes_and_workers(home: Home, remote: Remote) -> None:
+    added(home, remote, "far", "--label", "room=attic")
+    assert home.run(*COUNT, "--node", "far").code == 0
+    worker = home.workers()[0]["worker_id"]
+    before = node(home, "far")
+    home.kill(home.pid("orchestrator"))
+    assert home.run("up", "-q").code == 0
+    status_is(home, "far", "ready")
+    after = node(home, "far")
+    assert after["labels"] == {"room": "attic"} and after["lease"] > before["lease"]
+    assert [w["worker_id"] for w in home.workers()] == [worker]
+    assert home.run(*COUNT, "--node", "far").out.strip() == ANSWER
+
+
+def test_a_killed_agent_comes_back_with_its_worker(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run(*COUNT, "--node", "far").code == 0
+    worker = home.workers()[0]["pid"]
+    old = remote.kill_agent()
+    until("another agent answers", lambda: remote.run_record()["pid"] != old)
+    until("it is held", lambda: node(home, "far")["status"] == "ready" and home.workers())
+    assert home.workers()[0]["pid"] == worker
+    assert home.run(*COUNT, "--node", "far").out.strip() == ANSWER
+
+
+def test_an_unknown_host_key_is_shown_and_accepted(home: Home, remote: Remote) -> None:
+    server = remote.server
+    given = ("nodes", "add", "far", "--ssh", server.target, "--key", str(server.key),
+             "--install-path", str(remote.path))  # fmt: skip
+    refused = home.run(*given, "--json", HOME=str(remote.folder))
+    error = refused.json["error"]
+    assert (refused.code, error["code"]) == (1, "SSH_HOST_KEY_UNKNOWN")
+    assert error["details"]["fingerprint"] == server.fingerprint()
+    wrong = home.run(*given, "--accept-host-key", "SHA256:" + "A" * 43, "--json")
+    assert wrong.json["error"]["code"] == "SSH_HOST_KEY_CHANGED"
+    assert home.run(*given, "--accept-host-key", server.fingerprint(), "-q").code == 0
+    server.kill()
+    server.renew_host_keys(["ssh-ed25519"])
+    server.start()
+    status_is(home, "far", "unreachable")
+    until("the reason is told", lambda: node(home, "far")["error"]["code"] == "SSH_HOST_KEY_CHANGED")
+    update = ("nodes", "update", "far", "--accept-host-key", server.fingerprint())
+    assert home.run(*update).code == 0
+    status_is(home, "far", "ready")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"--key": "WRONG"}, "SSH_AUTH_FAILED"),
+        ({"--key": "MISSING"}, "SSH_KEY_UNUSABLE"),
+        ({"--key": "OPEN"}, "SSH_KEY_UNUSABLE"),
+        ({"--ssh": "nobody-of-that-name@127.0.0.1:PORT"}, "SSH_AUTH_FAILED"),
+        ({"--ssh": "ana@127.0.0.1:CLOSED"}, "NODE_UNREACHABLE"),
+        ({"--ssh": "ana@no-such-host.invalid"}, "NODE_UNREACHABLE"),
+        ({"--ssh": "-oProxyCommand=touch${IFS}x"}, "INVALID_REQUEST"),
+        ({"--install-path": "$(touch x)"}, "INVALID_REQUEST"),
+        ({"--label": "a=$(touch x)"}, "INVALID_REQUEST"),
+        ({"--mac": "a cow"}, "INVALID_REQUEST"),
+    ],
+)
+def test_what_cannot_join_is_told_and_not_registered(
+    home: Home, remote: Remote, change: dict[str, str], code: str
+) -> None:
+    server = remote.server
+    (remote.folder / "OPEN").write_bytes(server.key.read_bytes())
+    (remote.folder / "OPEN").chmod(0o644)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        closed_port = closed.getsockname()[1]
+    given = {
+        "--ssh": server.target, "--key": str(server.key), "--accept-host-key": server.fingerprint(),
+        "--install-path": str(remote.path), **change,
+    }  # fmt: skip
+    given["--ssh"] = given["--ssh"].replace("PORT", str(server.port)).replace("CLOSED", str(closed_port))
+    keys = {"WRONG": server.wrong_key, "MISSING": remote.folder / "none", "OPEN": remote.folder / "OPEN"}
+    given["--key"] = str(keys.get(given["--key"], given["--key"]))
+    words = [word for pair in given.items() for word in pair]
+    done = home.run("nodes", "add", "far", *words, "--json")
+    assert (done.code, done.json["error"]["code"]) == (1, code), done
+    assert done.json["error"]["details"]["suggested_action"]
+    if home.state.running("orchestrator") is not None:
+        names = [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]]
+        assert "far" not in names
+    assert not remote.processes()
+
+
+def test_a_name_or_a_machine_that_is_taken(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    for name in ("far", "box", "other"):
+        done = remote.add(home, name, "--json")
+        assert done.json["error"]["code"] == "NODE_ALREADY_EXISTS", name
+    assert home.run(*COUNT, "--node", "far").code == 0
+
+
+def test_the_machine_of_another_orchestrator_is_left_alone(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    agent = remote.run_record()["pid"]
+    with Home(node_name="second") as other:
+        done = remote.add(other, "mine", "--json")
+        assert done.json["error"]["code"] == "LEASE_SUPERSEDED", done
+        other.run("down")
+    assert remote.run_record()["pid"] == agent
+    assert home.run(*COUNT, "--node", "far").code == 0
+
+
+def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_path: Path) -> None:
+    assert home.run("up", "-q").code == 0
+    adding = home.start(
+        "nodes", "add", "far", "--ssh", remote.server.target, "--key", str(remote.server.key),
+        "--accept-host-key", remote.server.fingerprint(), "--install-path", str(remote.path),
+    )  # fmt: skip
+    until("the agent is being started", (remote.path / "home/run").exists)
+    done = cli.interrupt(adding, signal.SIGINT)
+    assert done.code == 130, done
+    remote.assert_quiet()
+    names = [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]]
+    assert names == ["box"]
+    added(home, remote)
+
+
+def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_path: Path) -> None:
+    added(home, remote)
+    assert home.run("down").code == 0
+    newer = other_version(tmp_path / "newer", "0.2.0")
+    remote.prepare(newer)
+    new = {"PYTHONPATH": str(newer)}
+    assert home.run("up", "-q", **new).code == 0
+    shown = until(
+        "the mismatch is told",
+        lambda: (found := home.run("nodes", "show", "far", "--json", **new).json).get("error") and found,
+    )
+    assert shown["error"]["code"] == "VERSION_MISMATCH"
+    assert shown["error"]["details"]["suggested_action"] == "arriero nodes upgrade far"
+    for version in ("0.1.0", "0.2.0"):
+        assert version in shown["error"]["message"]
+    refused = home.run(*COUNT, "--node", "far", "--json", **new)
+    assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
+    done = home.run("nodes", "upgrade", "--all", "--json", **new)
+    assert done.code == 0, done
+    assert [(each["name"], each["version"], each["status"]) for each in done.json["nodes"]] == [
+        ("far", "0.2.0", "ready")
+    ]
+    assert home.run(*COUNT, "--node", "far", **new).out.strip() == ANSWER
+    assert str((remote.path / "current").readlink()).startswith(("envs/0.2.0-", f"{remote.path}/envs/0.2.0-"))
