@@ -62,7 +62,7 @@ def rows() -> dict[str, list[Row]]:
         *estimate_routes(NOTHING, NOTHING),
         *stock_routes(NOTHING, NOTHING, NOTHING, inspect=NOTHING),
         *download_routes(NOTHING, NOTHING),
-        *engine_routes(NOTHING, NOTHING, NOTHING),
+        *engine_routes(NOTHING, NOTHING),
     ]
     return {
         "Orchestrator": sorted([*litestar_rows(handlers(NOTHING)), *STREAM_ROUTES]),

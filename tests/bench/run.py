@@ -136,8 +136,8 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     print("slot free after the client left:", line["cancel"])
     print("commands:", line["commands"])
     print("download:", line["download"])
-    print("placement:", line["placement"])
     print("herd:", line["herd"])
+    print("placement:", line["placement"])
 
 
 def main() -> int:
@@ -168,8 +168,8 @@ def main() -> int:
             run("down", env=env)
     # The pool is down: nothing else computes meanwhile.
     line["download"] = download.measure()
-    line["placement"] = placement.measure()
     line["herd"] = herd.measure()
+    line["placement"] = placement.measure()
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else None
     show(line, baseline)
     HISTORY.parent.mkdir(exist_ok=True)

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.integration.agent_scripts import QUICK, has_left_nothing, identity_of, scripted
@@ -38,23 +37,9 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def peer_of(http: Http, agent: AgentProcess) -> Peer:
+def peer_of(http: Http, agent: AgentProcess, headers: dict[str, str] | None = None) -> Peer:
     assert agent.run is not None
-    return http.peer(agent.run.url, agent.run.token)
-
-
-class _Under(Peer):
-    """Says who asks."""
-
-    def __init__(self, http: Http, agent: AgentProcess, said: dict[str, str]) -> None:
-        assert agent.run is not None
-        super().__init__(http, agent.run.url, agent.run.token)
-        self._said = said
-
-    def request(
-        self, method: str, path: str, *, body: object = None, headers: Mapping[str, str] | None = None
-    ) -> Any:
-        return super().request(method, path, body=body, headers={**self._said, **(headers or {})})
+    return http.peer(agent.run.url, agent.run.token, headers=headers)
 
 
 def ended(agent: AgentProcess) -> int:
@@ -163,7 +148,7 @@ async def test_what_was_bound_goes_when_its_orchestrator_lets_go_and_the_rest_st
                 goes = await bound(peer, agent, scripted(models))
                 stays = agent.wait_worker(agent.spawn(scripted(models)).worker_id, S.IDLE)
                 identity = identity_of(agent, goes.worker_id)
-                assert await release_nodes({"here": _Under(http, agent, A)}, grace_s=5) == {}
+                assert await release_nodes({"here": peer_of(http, agent, A)}, timeout_s=5) == {}
                 assert has_left_nothing(agent, goes, identity)
                 assert agent.client.worker(stays.worker_id).state is S.IDLE
             # Nobody has to wait for who said that he goes.

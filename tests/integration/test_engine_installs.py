@@ -200,6 +200,22 @@ def test_what_an_index_does_not_have_or_gives_wrongly(home: Path, tmp_path: Path
         assert refused(agent, build="rocm-7.2.4").code is ErrorCode.PACKAGE_UNAVAILABLE
         changed = refused(agent, build="cu132")
         assert changed.code is ErrorCode.INSTALL_FAILED and "another checksum" in changed.message
+        assert refused(agent, build="vulkan").code is ErrorCode.PACKAGE_UNAVAILABLE
+    # What else pip is configured to look into has the CPU's build of that version, which is not meant.
+    (tmp_path / "near").mkdir()
+    near = pack(tmp_path / "near", content={"xllamacpp/__init__.py": ENOUGH})
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "pip.conf").write_text(f"[global]\nfind-links = {near.parent}\n")
+    other_sources = {"PIP_FIND_LINKS": str(near.parent), "XDG_CONFIG_HOME": str(tmp_path)}
+    with (
+        index(tmp_path / "empty", {"cu128": []}) as url,
+        AgentProcess(home, {"engine_index_url": url, "backend": "vulkan", **other_sources}) as agent,
+    ):
+        assert refused(agent, build="cu128").code is ErrorCode.PACKAGE_UNAVAILABLE
+        with pytest.raises(ArrieroError) as missing:
+            agent.spawn()
+        assert missing.value.code is ErrorCode.BACKEND_UNAVAILABLE, "the setting's backend is meant"
+        assert agent.spawn(device="cpu").backend == "cpu"
     with AgentProcess(home) as agent:
         # Nobody listens there any more; a password of the address is not told.
         secret = url.replace("http://", "http://me:hidden@")

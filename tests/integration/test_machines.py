@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.support.machines import NO_INDEX, Told, programs_in, reached
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
+from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
 from arriero.testing.sshd import SshServer, sshd_path
@@ -85,11 +87,24 @@ async def test_from_nothing_to_a_running_agent_and_back(
         assert not again.is_new and again.tag == first.tag and "there already" in told.of("install")
 
         await _agent_lives(machines, connection, path)
+        _can_pass_itself_on(path, first)
 
         told = Told()
         await machines.remove(connection, str(path), told, purge=True)
     assert not path.parent.exists() and not programs_in(path)
     assert "nothing of arriero is left" in told.of("clean")
+
+
+def _can_pass_itself_on(path: Path, installed: Installation) -> None:
+    """What was installed there makes the very same wheel, and has a pip to carry."""
+    script = (
+        "import sys; from pathlib import Path; from arriero.orchestrator.machines import wheel; "
+        "print(wheel.pack(Path(sys.argv[1])).tag, wheel.pack_pip(Path(sys.argv[1])).path.name)"
+    )
+    argv = [str(path / "current/bin/python"), "-I", "-c", script, str(path.parent.parent / "next")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    tag, pip = done.stdout.split()
+    assert tag == installed.tag and pip.startswith("pip-")
 
 
 async def _agent_lives(machines: Machines, connection: Connection, path: Path) -> None:

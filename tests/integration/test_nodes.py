@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tests.support import cli
 from tests.support.home import Home, until
+from tests.support.hub import HubProcess
 from tests.support.remote import Remote, other_version
 
+from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
 
 pytestmark = [
@@ -251,3 +253,25 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
     ]
     assert home.run(*COUNT, "--node", "far", **new).out.strip() == ANSWER
     assert str((remote.path / "current").readlink()).startswith(("envs/0.2.0-", f"{remote.path}/envs/0.2.0-"))
+
+
+def test_models_go_from_neighbour_to_neighbour(home: Home, remote: Remote, tmp_path: Path) -> None:
+    with Remote(tmp_path / "third") as third:
+        third.prepare()
+        (tmp_path / "repo").mkdir()
+        write_llama(tmp_path / "repo/tiny-Q8_0.gguf")
+        with HubProcess(org__tiny=tmp_path / "repo") as hub:
+            # Only this machine can reach the source at all.
+            home.env["HF_ENDPOINT"] = hub.url
+            added(home, remote)
+            added(home, third, "third")
+            assert home.run("models", "pull", "hf:org/tiny:Q8_0", "--node", "box", "-q").code == 0
+        for target, source in (("far", "box"), ("third", "far")):
+            if source == "far":
+                assert home.run("models", "rm", "hf:org/tiny:Q8_0", "--node", "box").code == 0
+            done = home.run("models", "pull", "hf:org/tiny:Q8_0", "--node", target, "--json")
+            assert done.code == 0, done
+            assert done.json["source"] == f"node {source}"
+        assert home.run("models", "rm", "hf:org/tiny:Q8_0", "--node", "far").code == 0
+        done = home.run("models", "pull", "hf:org/tiny:Q8_0", "--node", "box", "--json")
+        assert done.json["source"] == "node third", done

@@ -1,6 +1,7 @@
 """A machine behind a real sshd that arriero is installed on, and arrieros to install."""
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,7 +49,9 @@ async def reached(server: SshServer, folder: Path) -> AsyncIterator[Connection]:
         await connection.aclose()
 
 
-def small_package(folder: Path, *, version: str = "0.0.1", told_version: str | None = None) -> Path:
+def small_package(
+    folder: Path, *, version: str = "0.0.1", told_version: str | None = None, needs: str = ONE_PACKAGE
+) -> Path:
     """Return an arriero that needs one package alone, so that it is installed in a moment.
 
     `told_version` is what it says it were: a broken one.
@@ -61,12 +64,11 @@ def small_package(folder: Path, *, version: str = "0.0.1", told_version: str | N
     )
     file = package / "contracts" / "version.py"
     plain = file.read_text("utf-8")
-    file.write_text(plain.replace('__version__ = "0.1.0"', f'__version__ = "{version}"'), "utf-8")
-    if told_version is not None:
-        with (package / "contracts" / "version.py").open("a", encoding="utf-8") as lines:
-            lines.write(f'\n__version__ = "{told_version}"\n')
+    changed = re.sub("^__version__ = .*$", f'__version__ = "{version}"', plain, flags=re.MULTILINE)
+    told = "" if told_version is None else f'\n__version__ = "{told_version}"\n'
+    file.write_text(changed + told, "utf-8")
     whole = wheel.lock_text()
-    begin = whole.index(f"\n{ONE_PACKAGE}==") + 1
+    begin = whole.index(f"\n{needs}==") + 1
     lines_of_one = []
     for line in whole[begin:].splitlines():
         lines_of_one.append(line)

@@ -41,8 +41,13 @@ class Remote:
         folder.mkdir(parents=True, exist_ok=True)
         self.server = SshServer(
             folder,
-            more_config="",
-            env={"ARRIERO_CONFIG": str(folder / "config.toml"), "ARRIERO_STOP_GRACE_S": "5", **env},
+            env={
+                "ARRIERO_CONFIG": str(folder / "config.toml"),
+                "ARRIERO_STOP_GRACE_S": "5",
+                # Nothing answers there: what this machine has comes through the pool.
+                "HF_ENDPOINT": "http://127.0.0.1:9",
+                **env,
+            },
         )
         self.folder = folder
         self.path = folder / "arr"

@@ -12,14 +12,14 @@ from arriero.agent.child import worker_argv
 from arriero.agent.engine_builds import FoundBuild, this_platform
 from arriero.agent.events import QUEUE_MAX, Feed
 from arriero.agent.held import callback_token
-from arriero.agent.machine import Machine, seen_by_engine_alone
+from arriero.agent.machine import Machine, seen_by_engine_alone, shown_devices
 from arriero.agent.oom import OomWitness
 from arriero.agent.preflight import CONTEXT_LEAST_TOKENS, Preflight, spec_of
 from arriero.agent.spawner import worker_env
 from arriero.agent.worker_logs import follow, prune, rotate
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentSnapshot
-from arriero.contracts.records import Capabilities, EngineBuild
+from arriero.contracts.records import Capabilities, DeviceRecord, EngineBuild
 from arriero.domain.preflight import Promise, Promises, Wish
 from arriero.engines.base import EngineSpec, Estimate
 from arriero.engines.fake import Fake
@@ -175,6 +175,16 @@ class Hungry(Fake):
     async def estimate(self, spec: EngineSpec) -> Estimate:
         assert spec.context_tokens is not None
         return Estimate(round(spec.context_tokens * self._mb_per_token), 0, spec.context_tokens)
+
+
+def test_a_card_that_is_left_alone_is_not_shown() -> None:
+    cpu = DeviceRecord(id="cpu", backend="cpu", name="a processor", memory_mb=1, memory_free_mb=1)
+    card = DeviceRecord(id="cuda:0", backend="cuda", name="a card", memory_mb=1, memory_free_mb=1)
+    on_cpu = EngineDevice("cpu", 0, "a processor", 0, 0)
+    on_card = EngineDevice("cuda", 0, "a card", 0, 0)
+    assert shown_devices([on_cpu], [cpu, card], is_cpu_chosen=False) == (cpu, card)
+    assert shown_devices([on_cpu], [cpu, card], is_cpu_chosen=True) == (cpu,)
+    assert shown_devices([on_cpu, on_card], [cpu, card], is_cpu_chosen=True) == (cpu, card)
 
 
 async def test_a_context_nobody_asked_for_is_reduced_until_it_fits(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ CASES = [
     ),
     (
         node("a", devices=(cpu(), card())), WANTS, ErrorCode.BACKEND_UNAVAILABLE,
-        "has RTX, and its engine computes with cpu alone: install the one for cuda, or ask for --backend cpu",
+        "has RTX, and its engine computes with cpu alone: install the one for cuda "
+        "(`arriero engines install --node a`), or ask for --backend cpu",
     ),
     (
         gpu_node("a", card(free_mb=3000)), WANTS, ErrorCode.INSUFFICIENT_VRAM,

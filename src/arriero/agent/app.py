@@ -43,8 +43,8 @@ from arriero.engines import formats
 from arriero.engines import registry as engines
 from arriero.runtime import daemon, logs, processes, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
-from arriero.runtime.clock import SystemClock
-from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.clock import Clock, SystemClock
+from arriero.runtime.entropy import Entropy, SystemEntropy
 from arriero.runtime.http import Http
 from arriero.runtime.litestar_app import make_app
 from arriero.runtime.serve import bind, serve, url_of
@@ -170,15 +170,7 @@ class _Agent:
             name=f"{me.pid}:{me.start_ticks}",
             lease=self._lease,
         )
-        self._uploads = Uploads(state.home, machine.platform, engine_version())
-        self._engines = EngineInstaller(
-            home=state.home,
-            settings=settings,
-            machine=machine,
-            uploads=self._uploads,
-            clock=clock,
-            on_change=self._engines_changed,
-        )
+        self._engines = self._installer(settings)
         preflight = Preflight(machine, log_bytes_max=settings.log_bytes_max)
         self._estimates = Estimates(
             settings=settings,
@@ -187,18 +179,31 @@ class _Agent:
             kind_of=engines.kind,
             promises=self._supervisor.promises,
         )
-        self._spawner = Spawner(
-            settings=settings,
-            node=machine.node,
-            state=state,
+        self._spawner = self._new_spawner(preflight, clock, entropy)
+
+    def _new_spawner(self, preflight: Preflight, clock: Clock, entropy: Entropy) -> Spawner:
+        return Spawner(
+            settings=self._settings,
+            node=self._machine.node,
+            state=self._state,
             supervisor=self._supervisor,
             preflight=preflight,
             locate=self._locate,
             kind_of=engines.kind,
-            callback_url=url + READY_PATH,
+            callback_url=self._url + READY_PATH,
             fence=lambda: self._lease.number,
             clock=clock,
             entropy=entropy,
+        )
+
+    def _installer(self, settings: Settings) -> EngineInstaller:
+        return EngineInstaller(
+            home=self._state.home,
+            settings=settings,
+            machine=self._machine,
+            uploads=Uploads(self._state.home, self._machine.platform, engine_version()),
+            clock=self._clock,
+            on_change=self._engines_changed,
         )
 
     async def live(self, sock: socket.socket) -> None:
@@ -247,7 +252,7 @@ class _Agent:
                     stop=self._http_stop,
                 ),
                 *download_routes(self._provisioner, self._catalog, stop=self._http_stop),
-                *engine_routes(self._machine, self._engines, self._uploads, stop=self._http_stop),
+                *engine_routes(self._machine, self._engines, stop=self._http_stop),
             ],
             title="arriero agent",
         )

@@ -53,7 +53,7 @@ class EngineInstaller:
         self._folder = engine_builds.folder_of(home)
         self._settings = settings
         self._machine = machine
-        self._uploads = uploads
+        self.uploads = uploads
         self._clock = clock
         self._on_change = on_change
         self._turn = asyncio.Lock()
@@ -125,7 +125,7 @@ class EngineInstaller:
             # Short, and also when cancelled: nothing may stay behind.
             shutil.rmtree(scratch, ignore_errors=True)
             if body.wheel is not None:
-                await asyncio.shield(self._uploads.clear())
+                await asyncio.shield(self.uploads.clear())
         builds = await asyncio.to_thread(engine_builds.look, self._home)
         self._machine.take(builds)
         await self._on_change()
@@ -147,7 +147,7 @@ class EngineInstaller:
         """Return the wheel, in the hidden folder: uploaded, the settings' file, or from the index."""
         if body.wheel is not None:
             target = scratch / body.wheel
-            await self._uploads.take(body.wheel, target)
+            await self.uploads.take(body.wheel, target)
             return target
         is_suitable = name == self._machine.wanted_build().name
         if self._settings.engine_wheel and is_suitable and body.index_url is None:

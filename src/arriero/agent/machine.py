@@ -47,10 +47,7 @@ class Machine:
         report = devices.read(self._cpu_name)
         for problem in set(report.problems) - set(self._report.problems):
             self._log.warning("device_problem", problem=problem)
-        found = (*report.devices, *seen_by_engine_alone(self._engine_devices(), report.devices))
-        if self._is_cpu_chosen:
-            usable = {device.backend for device in self._engine_devices()}
-            found = tuple(device for device in found if device.backend in usable)
+        found = shown_devices(self._engine_devices(), report.devices, is_cpu_chosen=self._is_cpu_chosen)
         self._report = DeviceReport(found, report.problems)
 
     async def look_aside(self) -> None:
@@ -146,6 +143,17 @@ def installed_engines() -> dict[str, str]:
         except ArrieroError:
             continue
     return versions
+
+
+def shown_devices(
+    engine_devices: Sequence[EngineDevice], known: Sequence[DeviceRecord], *, is_cpu_chosen: bool
+) -> tuple[DeviceRecord, ...]:
+    """Return a machine's devices; where the CPU is chosen for good, those alone that can compute."""
+    found = (*known, *seen_by_engine_alone(engine_devices, known))
+    if not is_cpu_chosen:
+        return found
+    usable = {device.backend for device in engine_devices}
+    return tuple(device for device in found if device.backend in usable)
 
 
 def seen_by_engine_alone(

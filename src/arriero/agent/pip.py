@@ -23,6 +23,12 @@ _KEPT: Final = frozenset(
     {"PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST", "PIP_KEYRING_PROVIDER"}
 )
 _OUTPUT_LINES_KEPT: Final = 30
+#: An agent that is killed takes its pip along: nothing may write where the next one tidies up.
+_RUN_PIP: Final = (
+    "import runpy, sys; from arriero.runtime.parent_death import die_with; "
+    "die_with(int(sys.argv.pop(1))) or sys.exit('the agent is gone'); "
+    "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +68,15 @@ async def run(
     arguments: Sequence[str], *, scratch: Path, configuration: Path | None, clock: Clock,
     tell: Callable[[int], None],
 ) -> PipDone:  # fmt: skip
-    """Run `python -m pip …`, telling the bytes below `scratch` as they grow; killed when cancelled.
+    """Run `pip …`, telling the bytes below `scratch` as they grow; killed when cancelled.
 
     Raises INSTALL_FAILED when it comes no further.
     """
     output = scratch / "pip.log"
     with output.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-color",
-            *arguments,
+            sys.executable, "-P", "-c", _RUN_PIP, str(os.getpid()),
+            "--disable-pip-version-check", "--no-input", "--no-color", *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", start_new_session=True,
             env=environment(os.environ, configuration=configuration, scratch=scratch),
         )  # fmt: skip

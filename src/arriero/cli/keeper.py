@@ -69,8 +69,10 @@ def _keep(signals: "_Signals", log: Path) -> None:
             again_in_s=keeping.delay_s,
         )
         until_s = time.monotonic() + keeping.delay_s
+        # Whoever asks for the agent says so by SIGHUP: then it need not wait.
         while not signals.is_stopped() and (left_s := until_s - time.monotonic()) > 0:
-            signals.wait(left_s)
+            if signals.wait(left_s):
+                break
 
 
 def _end(agent: "subprocess.Popen[bytes]", signals: "_Signals") -> None:
@@ -96,12 +98,12 @@ class _Signals:
         """Return whether one came that stops us."""
         return self._is_stopped
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Wait for the next signal: one that stops us, or that of a child that ended."""
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait for the next signal, also that of a child that ended; return whether it was SIGHUP."""
         ready, _, _ = select.select([self._reader], [], [], timeout_s)
-        if ready:
-            numbers = os.read(self._reader, 4096)
-            self._is_stopped = self._is_stopped or any(number in _STOPS for number in numbers)
+        numbers = os.read(self._reader, 4096) if ready else b""
+        self._is_stopped = self._is_stopped or any(number in _STOPS for number in numbers)
+        return signal.SIGHUP in numbers
 
 
 @contextlib.contextmanager

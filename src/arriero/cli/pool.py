@@ -24,8 +24,9 @@ _EPHEMERAL_GRACE_S: Final = 5.0
 def serving(*, is_ephemeral: bool, narrator: Narrator, timeout_s: float | None) -> Iterator[Orchestrator]:
     """Hold an orchestrator to ask: ARRIERO_URL's, the one that runs here, or one started now.
 
-    With `is_ephemeral` what was started is gone afterwards, also when this process is killed; else it
-    stays in the background until it has been idle.  What somebody else started is never stopped.
+    With `is_ephemeral` what was started is gone afterwards, also when this process is killed, and also the
+    workers on other machines, whose agents stay; else it stays in the background until it has been idle.
+    What somebody else started is never stopped.
     """
     given = discovery.given_orchestrator()
     if given is not None:
@@ -98,8 +99,9 @@ def _plans(state: StateDir, *, is_ephemeral: bool) -> list["Plan"]:
         # A port that nobody chose is no reason to fail: whoever asks looks into the run file.
         any_port = found.orchestrator_port == default.orchestrator_port
         flags = ["--background", *bound, *(["--port", "0"] if is_ephemeral and any_port else [])]
-        # Only an agent that came with it leaves with it.
-        flags += ["--cascade"] if needs_agent else []
+        # Only an agent that came with it leaves with it; those of other machines are those machines' own.
+        flags += ["--with-agent"] if needs_agent else []
+        flags += ["--ephemeral"] if is_ephemeral else []
         plans.append(launch.Plan("orchestrator", flags, any_port=any_port))
     if needs_agent:
         any_port = found.agent_port == default.agent_port

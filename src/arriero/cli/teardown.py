@@ -173,6 +173,10 @@ def _remove_stale(state: StateDir, runs: list[WorkerRunRecord]) -> list[str]:
         if path.exists() and (record is None or not processes.is_alive(run_identity(record))):
             path.unlink(missing_ok=True)
             removed.append(path.name)
+    sockets = state_dir.orchestrator_dir(state.home)
+    if sockets.is_dir() and state.running("orchestrator") is None:
+        shutil.rmtree(sockets, ignore_errors=True)
+        removed.append(sockets.name)
     alive = {run.record.worker_id for run in runs if processes.is_alive(worker_identity(run))}
     worker_ids = {run.record.worker_id for run in runs} | {path.stem for path in state.worker_files()}
     for worker_id in sorted(worker_ids - alive):

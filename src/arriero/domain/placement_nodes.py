@@ -12,6 +12,7 @@ from typing import Final, TypeAlias
 from arriero.contracts.errors import ErrorCode
 from arriero.contracts.records import DeviceRecord
 from arriero.contracts.states import NodeState
+from arriero.domain.engine_builds import install_command
 from arriero.domain.placement_wants import ModelFacts, Refusal, Wants, gib, missing_labels
 from arriero.domain.placement_workers import speed_class
 from arriero.domain.preflight import PREFERENCE
@@ -313,7 +314,7 @@ def _no_room(node: NodeView, wants: Wants) -> Refused:
         return (
             ErrorCode.BACKEND_UNAVAILABLE,
             f"has {unused[0].name}, and its engine computes with {has} alone: install the one for "
-            f"{unused[0].backend}, or ask for --backend cpu",
+            f"{unused[0].backend} (`{install_command(node.name)}`), or ask for --backend cpu",
         )
     return ErrorCode.BACKEND_UNAVAILABLE, f"offers no device that computes; backends: {has}"
 

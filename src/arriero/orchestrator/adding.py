@@ -6,7 +6,7 @@ node or no trace, and says which.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Final
 
 import msgspec
@@ -25,6 +25,7 @@ from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http
+from arriero.runtime.tasks import Changed
 
 #: A machine that was installed and started just now answers within this, or is taken back.
 READY_TIMEOUT_S: Final = 30.0
@@ -37,21 +38,33 @@ class Underway:
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
+        self._changed = Changed()
 
-    @contextlib.contextmanager
-    def only(self, name: str, what: str) -> Iterator[None]:
-        """Hold a node for one piece of work.  Raises INVALID_REQUEST if there is another."""
+    @contextlib.asynccontextmanager
+    async def only(self, name: str, what: str, tell: Tell) -> AsyncIterator[None]:
+        """Hold a node for one piece of work, once the one before has ended.
+
+        Raises INVALID_REQUEST if that takes too long: what was interrupted is being taken back, at most.
+        """
         if name in self._names:
-            fail(
+            message = f"{name} is being {self._names[name]}: waits for the end of that"
+            tell(NodeStep(step="wait", message=message))
+        try:
+            async with asyncio.timeout(ROLLBACK_TIMEOUT_S):
+                while name in self._names:
+                    await self._changed.wait()
+        except TimeoutError as error:
+            raise ArrieroError(
                 ErrorCode.INVALID_REQUEST,
-                f"{name} is being {self._names[name]} already: wait for its end",
+                f"{name} is being {self._names.get(name, 'changed')} already: wait for its end",
                 node=name,
-            )
+            ) from error
         self._names[name] = what
         try:
             yield
         finally:
             del self._names[name]
+            self._changed.notify()
 
 
 class Adding:
@@ -122,7 +135,9 @@ class Adding:
         NODE_UNREACHABLE, PYTHON_TOO_OLD, INSUFFICIENT_DISK, INSTALL_FAILED…
         """
         entry = self.check(body)
-        with self._underway.only(entry.name, "added"):
+        async with self._underway.only(entry.name, "added", tell):
+            # What was begun under this name meanwhile may have come to its end.
+            self.check(body)
             async with self._connected(entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 await self._not_held_by_another(entry, connection)
@@ -142,7 +157,7 @@ class Adding:
                 and error.details.get("holder") != self._store.holder_id
             ):
                 error.details["suggested_action"] = (
-                    "remove it there first, or give another --install-path here: then it has an agent for each"
+                    "remove it there first, or give another --install-path here: then each has an agent"
                 )
                 raise
 

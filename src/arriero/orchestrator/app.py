@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 from typing import Final, cast
@@ -12,6 +13,7 @@ from arriero.contracts.version import __version__
 from arriero.fabrics.base import Fabric, NodeAddress
 from arriero.fabrics.local import LocalFabric
 from arriero.fabrics.ssh import SshFabric
+from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.core import Orchestrator, assemble
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.reach import LocalReach
@@ -44,28 +46,30 @@ def main(
     settings: Settings,
     *,
     is_background: bool = False,
-    cascades: bool = False,
+    leaving: Leaving | None = None,
     fabric: Fabric | None = None,
 ) -> int:
     """Run the orchestrator until SIGTERM or SIGINT; return its exit code.
 
-    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `cascades`: at its
-    end it also ends the local agent, and with it the workers, and waits for them.  `fabric`: how other
-    machines are reached, by SSH if none is given.
+    `is_background`: it leaves by itself after `orchestrator_idle_s` without work.  `leaving`: what goes
+    along at its end, and is waited for.  `fabric`: how other machines are reached, by SSH if none is given.
     Raises ALREADY_RUNNING, PORT_IN_USE, STATE_DIR_UNUSABLE before it serves.
     """
     logs.configure(level=settings.log_level, role=ROLE)
     folder = StateDir(settings.home_path())
     folder.prepare()
+    leaving = leaving or Leaving()
     with folder.lock(ROLE):
         sock = bind(settings.orchestrator_host, settings.orchestrator_port)
         try:
             daemon.run(
-                lambda stop: _run(settings, folder, sock, stop, is_background=is_background, fabric=fabric)
+                lambda stop: _run(
+                    settings, folder, sock, stop, leaving, is_background=is_background, fabric=fabric
+                )
             )
         finally:
             sock.close()
-            if cascades:
+            if leaving.cascades or leaving.takes_agent:
                 _end_agent(folder, settings.stop_grace_s + AGENT_EXTRA_S)
     return 0
 
@@ -75,12 +79,17 @@ async def _run(
     folder: StateDir,
     sock: socket.socket,
     stop: asyncio.Event,
+    leaving: Leaving,
     *,
     is_background: bool,
     fabric: Fabric | None,
 ) -> None:
     log = logs.get("arriero.orchestrator")
     clock, entropy = SystemClock(), SystemEntropy()
+    sockets_dir = state_dir.orchestrator_dir(folder.home)
+    # What one that was killed has left: nobody else runs with this state folder.
+    shutil.rmtree(sockets_dir, ignore_errors=True)
+    sockets_dir.mkdir(mode=0o700)
     database = await open_database(folder.orchestrator_db)
     if database.set_aside_as is not None:
         log.error("the database was damaged and begins anew", set_aside_as=database.set_aside_as)
@@ -94,7 +103,7 @@ async def _run(
                 fabric = SshFabric(
                     clock,
                     entropy,
-                    sockets_dir=state_dir.short_dir(),
+                    sockets_dir=sockets_dir,
                     connect_timeout_s=settings.connect_timeout_s,
                 )
             orchestrator = assemble(
@@ -110,14 +119,23 @@ async def _run(
                 entropy=entropy,
             )
             local = LocalReach(folder, http, node_store, await LocalFabric(entropy).connect(HERE))
+            orchestrator.provisioner.binds_workers = leaving.takes_workers
             await orchestrator.membership.begin(local)
             await _serve(orchestrator, folder, sock, group, is_background=is_background)
+            await leave(
+                leaving,
+                orchestrator.registry,
+                orchestrator.membership,
+                grace_s=settings.stop_grace_s,
+                clock=clock,
+            )
             # Jobs that go on without anybody waiting end here, with their tasks.
             raise _Ended
     except* _Ended:
         pass
     finally:
         folder.run_file(ROLE).unlink(missing_ok=True)
+        shutil.rmtree(sockets_dir, ignore_errors=True)
         await database.close()
     log.info("ended")
 

@@ -28,15 +28,18 @@ class Neighbours:
         self._ways: dict[tuple[str, str], tuple[Line, LocalEnd]] = {}
 
     async def sources_for(self, node: Node, model_ref: str) -> list[PeerSource]:
-        """Return the other nodes that have a model, as `node` reaches them.
+        """Return the other nodes as `node` reaches them, those that have the model first.
 
-        One that cannot be reached from there is left out: the model then comes from elsewhere.
+        The others may have the same content under another reference.  One that cannot be reached from
+        there is left out: the model then comes from elsewhere.
         """
         found: list[PeerSource] = []
-        for other in self._registry.nodes():
-            is_ready = other.state in (NodeState.READY, NodeState.DRAINING)
-            if other is node or not is_ready or len(found) == SOURCES_MAX:
-                continue
+        others = [
+            other
+            for other in self._registry.nodes()
+            if other is not node and other.state in (NodeState.READY, NodeState.DRAINING)
+        ]
+        for other in sorted(others, key=lambda other: model_ref not in other.models)[:SOURCES_MAX]:
             try:
                 source = await self._source(node, other)
             except ArrieroError as error:

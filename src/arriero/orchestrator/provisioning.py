@@ -16,8 +16,9 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fai
 from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
-from arriero.contracts.states import DownloadState, NodeState
+from arriero.contracts.states import DownloadState
 from arriero.domain.placement import NodeChoice, Wants
+from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
 from arriero.orchestrator.views import is_local
@@ -116,10 +117,13 @@ class ModelProvisioner:
     ) -> None:
         self._registry = registry
         self.room = room
+        self._neighbours = Neighbours(registry)
         self._group = group
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
         self._log = logs.get("arriero.provisioning")
+        #: Whether the workers that are started go with this orchestrator.
+        self.binds_workers = False
 
     @property
     def jobs_running(self) -> int:
@@ -261,6 +265,8 @@ class ModelProvisioner:
         return record
 
     async def _spawn(self, node: Node, body: SpawnBody) -> WorkerRecord:
+        if self.binds_workers:
+            body = msgspec.structs.replace(body, bound=True)
         record = await node.peer.call(
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
@@ -269,22 +275,15 @@ class ModelProvisioner:
             self._registry.observe(record)
         return record
 
-    def peers_of(self, node: Node) -> list[PeerSource]:
-        """Return the other nodes, which `node` asks for a model before it asks the internet."""
-        return [
-            PeerSource(url=other.peer.url, token=other.address.token, node=other.name)
-            for other in self._registry.nodes()
-            if other is not node and other.state is NodeState.READY
-        ]
-
     async def start_download(
         self, node: Node, model_ref: str, *, peers: Sequence[PeerSource] = (), clean: bool = False
     ) -> DownloadStarted:
         """Have a node begin to fetch a model, or join the download that does.  Raises what it answers.
 
-        `peers` are asked for it besides the other nodes.
+        `peers` are asked for it besides the other nodes, and all before the internet.
         """
-        body = DownloadBody(model_ref=model_ref, peers=[*peers, *self.peers_of(node)], clean=clean)
+        sources = [*peers, *await self._neighbours.sources_for(node, model_ref)]
+        body = DownloadBody(model_ref=model_ref, peers=sources, clean=clean)
         return await node.peer.call("POST", "/v1/models/download", body=body, answer=DownloadStarted)
 
     async def leave_download(self, node: Node, download_id: str, holder: str) -> None:

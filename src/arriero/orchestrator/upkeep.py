@@ -89,7 +89,7 @@ class Upkeep:
         NODE_UNREACHABLE if the new one does not answer: the old one runs again then.
         """
         entry = self._membership.remote(name)
-        with self._underway.only(name, "upgraded"):
+        async with self._underway.only(name, "upgraded", tell):
             async with self._connected(entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 was_drained = entry.is_drained
@@ -161,7 +161,7 @@ class Upkeep:
         there is told.  Raises NODE_NOT_FOUND and what connecting raises.
         """
         entry = self._membership.remote(name)
-        with self._underway.only(name, "removed"):
+        async with self._underway.only(name, "removed", tell):
             left = "" if purge else f"; models and environment stay in {entry.install_path} there"
             try:
                 async with self._connected(entry, tell) as connection:

@@ -148,6 +148,13 @@ def short_dir() -> Path:
     return folder
 
 
+def orchestrator_dir(home: Path) -> Path:
+    """Return where the orchestrator of a state folder has its ends of SSH connections (not made yet)."""
+    import hashlib
+
+    return short_dir() / f"o-{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
+
+
 def socket_dir(worker_id: str) -> Path:
     """Return where a worker's engine puts its socket (not made yet)."""
     return short_dir() / worker_id

@@ -8,7 +8,6 @@ from litestar.params import FromPath, QueryParameter
 from litestar.types import ASGIApp, ControllerRouterHandler
 
 from arriero.agent.engine_install import EngineInstaller
-from arriero.agent.engine_uploads import Uploads
 from arriero.agent.machine import Machine
 from arriero.agent.routes.watched import watched
 from arriero.contracts.records import EngineList, UploadRecord
@@ -22,7 +21,6 @@ Offset: TypeAlias = Annotated[int, QueryParameter(ge=0)]
 def engine_routes(
     machine: Machine,
     installer: EngineInstaller,
-    uploads: Uploads,
     *,
     stop: asyncio.Event | None = None,
     beat_s: float = BEAT_S,
@@ -46,13 +44,13 @@ def engine_routes(
     @get("/v1/engines/uploads/{name:str}")
     async def uploaded(name: FromPath[str]) -> UploadRecord:
         """Return how much of a wheel has come in."""
-        return await uploads.size_of(name)
+        return await installer.uploads.size_of(name)
 
     @put("/v1/engines/uploads/{name:str}", status_code=200)
     async def upload(
         name: FromPath[str], request: Request[Any, Any, Any], offset: Offset = 0
     ) -> UploadRecord:
         """Take a piece of a wheel, which an installation may then name."""
-        return await uploads.write(name, offset, await request.body())
+        return await installer.uploads.write(name, offset, await request.body())
 
     return [engines, install, uploaded, upload]

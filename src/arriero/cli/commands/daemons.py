@@ -42,7 +42,9 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--port", "Port to listen on; 0 takes a free one.", "orchestrator_port", "PORT"),
         Flag("--host", "Address to listen on.", "orchestrator_host", "HOST"),
         Flag("--background", "Leave again after ARRIERO_ORCHESTRATOR_IDLE_S without work."),
-        Flag("--cascade", "Take this machine's agent and its workers along when leaving."),
+        Flag("--with-agent", "Take this machine's agent and its workers along when leaving."),
+        Flag("--cascade", "Take the agents of all nodes and their workers along when leaving."),
+        Flag("--ephemeral", "Take the workers along that it started, on all nodes, when leaving."),
         _LOG,
         _WITH,
     ),
@@ -109,10 +111,14 @@ def _start(role: str, values: Mapping[str, Any]) -> int:
 
         return agent.main(found)
     from arriero.orchestrator import app as orchestrator
+    from arriero.orchestrator.cascade import Leaving
 
-    return orchestrator.main(
-        found, is_background=bool(values.get("background")), cascades=bool(values.get("cascade"))
+    leaving = Leaving(
+        takes_agent=bool(values.get("with_agent")),
+        cascades=bool(values.get("cascade")),
+        takes_workers=bool(values.get("ephemeral")),
     )
+    return orchestrator.main(found, is_background=bool(values.get("background")), leaving=leaving)
 
 
 def _end_with(text: str) -> None:

@@ -28,6 +28,8 @@ from arriero.orchestrator.machines.there_child import (
 #: Between SIGKILL and its effect.
 KILLED_WAIT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
+#: An agent that never answered has no workers to wait for.
+STOP_AT_FAILURE_S = 15.0
 LOG_LINES = 15
 
 
@@ -40,7 +42,7 @@ def _boot_id() -> str:
     return ""
 
 
-def _is_alive(record: Facts) -> bool:
+def is_alive(record: Facts) -> bool:
     """Return whether the very process that a run file speaks of still lives."""
     pid, ticks = record.get("pid", 0), record.get("pid_start_ticks", 0)
     if not (isinstance(pid, int) and pid > 1 and isinstance(ticks, int)):
@@ -63,16 +65,18 @@ def _is_alive(record: Facts) -> bool:
 
 
 def _signal(record: Facts, number: int, *, group: bool = False) -> None:
-    if _is_alive(record):
+    if is_alive(record):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             (os.killpg if group else os.kill)(record["pid"], number)
 
 
-def _agent(home: Path) -> Facts:
+def agent_of(home: Path) -> Facts:
+    """Return the run file of the agent that ran last; {} if there is none."""
     return read(home / "run" / "agent.json")
 
 
-def _keeper(home: Path) -> Facts:
+def keeper_of(home: Path) -> Facts:
+    """Return the run file of the keeper that ran last; {} if there is none."""
     return read(home / "run" / "keeper.json")
 
 
@@ -81,9 +85,16 @@ def _workers(home: Path) -> list[Facts]:
     return [{**run, "pid": run.get("record", {}).get("pid", 0)} for run in runs if run]
 
 
+def _end(record: Facts, grace_s: float) -> None:
+    _signal(record, signal.SIGTERM)
+    if not _wait_gone([record], grace_s):
+        _signal(record, signal.SIGKILL)
+        _wait_gone([record], KILLED_WAIT_S)
+
+
 def _wait_gone(records: list[Facts], timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
-    while any(_is_alive(record) for record in records):
+    while any(is_alive(record) for record in records):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)
@@ -94,31 +105,48 @@ def _wait_gone(records: list[Facts], timeout_s: float) -> bool:
 
 
 def start(path: str, name: str, uses_services: bool, answer_timeout_s: float) -> Facts:
-    """Start the agent of `current` unless one runs; return when it answers."""
+    """Start the agent of `current` unless one runs or is being started; return when it answers."""
     root = Path(path).absolute()
     home = root / "home"
     if not (root / MARKER).is_file():
         raise Refused("INSTALL_FAILED", "arriero is not installed there", last_lines=[])
     with turn(root):
-        if _is_alive(_agent(home)) and _answers(_agent(home)):
-            return {"is_new": False, "how": "", "version": _agent(home).get("version", "")}
-        tag = current(root)
-        if tag is None:
-            raise Refused("INSTALL_FAILED", "arriero is not installed there, or half", last_lines=[])
-        for folder in (home, home / "run", home / "logs"):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        # By its own path: `current` may point elsewhere when it starts a worker.
-        python = root / "envs" / tag / "bin" / "python"
         log = home / "logs" / "agent.log"
         offset = log.stat().st_size if log.exists() else 0
-        env = {"ARRIERO_HOME": str(home), "ARRIERO_NODE_NAME": name, "ARRIERO_AGENT_PORT": "0"}
-        service = service_manager() if uses_services else ""
-        how = _start_service(root, service, python, env, log) if service else ""
-        if not how:
-            _start_keeper(python, env, log)
-            how = "a supervised process"
-        _wait_answers(home, log, offset, answer_timeout_s)
-    return {"is_new": True, "how": how, "version": _agent(home).get("version", "")}
+        agent, keeper = agent_of(home), keeper_of(home)
+        if is_alive(agent) or is_alive(keeper):
+            # One that is slow, or comes up just now, is not ended: its workers would be, too.
+            is_new = not is_alive(agent)
+            _signal(keeper, signal.SIGHUP)
+            how = "the process that keeps it"
+            _wait_answers(home, log, offset, answer_timeout_s)
+        else:
+            is_new, how = True, _start(root, name, uses_services, log)
+            try:
+                _wait_answers(home, log, offset, answer_timeout_s)
+            except Refused:
+                _remove_service(root)
+                _end(keeper_of(home), STOP_AT_FAILURE_S)
+                raise
+    return {"is_new": is_new, "how": how, "version": agent_of(home).get("version", "")}
+
+
+def _start(root: Path, name: str, uses_services: bool, log: Path) -> str:
+    """Return what keeps the agent now."""
+    home = root / "home"
+    tag = current(root)
+    if tag is None:
+        raise Refused("INSTALL_FAILED", "arriero is not installed there, or half", last_lines=[])
+    for folder in (home, home / "run", home / "logs"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    # By its own path: `current` may point elsewhere when it starts a worker.
+    python = root / "envs" / tag / "bin" / "python"
+    env = {"ARRIERO_HOME": str(home), "ARRIERO_NODE_NAME": name, "ARRIERO_AGENT_PORT": "0"}
+    service = service_manager() if uses_services else ""
+    if service and (how := _start_service(root, service, python, env, log)):
+        return how
+    _start_keeper(python, env, log)
+    return "a supervised process"
 
 
 def _start_keeper(python: Path, env: dict[str, str], log: Path) -> None:
@@ -135,17 +163,17 @@ def _start_keeper(python: Path, env: dict[str, str], log: Path) -> None:
 
 def _wait_answers(home: Path, log: Path, offset: int, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not (_is_alive(_agent(home)) and _answers(_agent(home))):
+    while not (is_alive(agent_of(home)) and answers(agent_of(home))):
         if time.monotonic() > deadline:
-            tail = _tail(log, offset)
-            _stop_all(home, 5.0)
             raise Refused(
-                "DAEMON_START_FAILED", f"the agent did not answer within {timeout_s:g} s", log_tail=tail
+                "DAEMON_START_FAILED",
+                f"the agent does not answer after {timeout_s:g} s",
+                log_tail=_tail(log, offset),
             )
         time.sleep(POLL_S)
 
 
-def _answers(record: Facts) -> bool:
+def answers(record: Facts) -> bool:
     """Return whether the agent's health route answers, asked from here."""
     host, _, port = str(record.get("url", "")).removeprefix("http://").partition(":")
     try:
@@ -183,6 +211,11 @@ def _unit_file(root: Path) -> Path:
 
 def _plist_file(root: Path) -> Path:
     return Path.home() / "Library" / "LaunchAgents" / f"{_service_name(root)}.plist"
+
+
+def service_file(root: Path) -> Path | None:
+    """Return the file of the service that keeps the agent; None if it has none."""
+    return next((file for file in (_unit_file(root), _plist_file(root)) if file.exists()), None)
 
 
 def unit_text(python: str, env: dict[str, str], log: str) -> str:
@@ -277,7 +310,7 @@ def stop(path: str, grace_s: float) -> Facts:
 
 def _stop(root: Path, grace_s: float) -> Facts:
     home = root / "home"
-    was_running = any(_is_alive(record) for record in (_agent(home), _keeper(home), *_workers(home)))
+    was_running = any(is_alive(record) for record in (agent_of(home), keeper_of(home), *_workers(home)))
     # A service manager waits by itself; what it kept is waited for below.
     _remove_service(root)
     killed = _stop_all(home, grace_s)
@@ -289,21 +322,21 @@ def _stop(root: Path, grace_s: float) -> Facts:
 
 
 def _stop_all(home: Path, grace_s: float) -> int:
-    keeper, agent, workers = _keeper(home), _agent(home), _workers(home)
+    keeper, agent, workers = keeper_of(home), agent_of(home), _workers(home)
     # The keeper passes it on; told twice, an agent would end the same way.
-    _signal(keeper if _is_alive(keeper) else agent, signal.SIGTERM)
+    _signal(keeper if is_alive(keeper) else agent, signal.SIGTERM)
     has_ended = _wait_gone([keeper, agent], grace_s)
     if has_ended:
         # Those of an agent that was not there to stop them.
-        left = [worker for worker in workers if _is_alive(worker)]
+        left = [worker for worker in workers if is_alive(worker)]
         for worker in left:
             _signal(worker, signal.SIGTERM)
         has_ended = _wait_gone(left, min(grace_s, 10.0))
     if has_ended:
         return 0
     # Once more: more of them may have come up meanwhile.
-    agent, workers = _agent(home), _workers(home)
-    alive = [record for record in (keeper, agent, *workers) if _is_alive(record)]
+    agent, workers = agent_of(home), _workers(home)
+    alive = [record for record in (keeper, agent, *workers) if is_alive(record)]
     for record in alive:
         _signal(record, signal.SIGKILL, group=record in workers)
     _wait_gone(alive, KILLED_WAIT_S)

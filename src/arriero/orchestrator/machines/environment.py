@@ -87,7 +87,7 @@ async def install(
         await _undo(connection, python, path, error, tell)
         raise
     tell(NodeStep(step="install", message=f"arriero {version} is installed in {path}"))
-    return Installation(packed.tag, version, path, python, built["previous"], is_new=True)
+    return Installation(packed.tag, version, path, python, built["previous"], is_new=built["is_new"])
 
 
 async def switch_back(connection: Connection, installation: Installation, tell: Tell) -> None:

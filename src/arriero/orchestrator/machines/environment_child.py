@@ -91,8 +91,10 @@ def build(
     root = Path(path).absolute()
     environment = root / "envs" / tag
     with turn(root):
-        previous = current(root)
-        if not (environment / WHOLE).is_file():
+        before = current(root)
+        # Somebody else may have been quicker.
+        is_new = not (environment / WHOLE).is_file()
+        if is_new:
             for half in (root / "envs").iterdir():
                 if not (half / WHOLE).is_file():
                     shutil.rmtree(half)
@@ -104,10 +106,13 @@ def build(
                 shutil.rmtree(environment, ignore_errors=True)
                 raise
         _point(root, tag)
-        for other in whole(root):
-            if other not in (tag, previous):
+        others = [each for each in whole(root) if each != tag]
+        # The one to go back to is the one that was current, else the newest.
+        previous = before if before in others else (others[-1] if others else None)
+        for other in others:
+            if other != previous:
                 _remove_environment(root, other)
-        return {"previous": previous}
+        return {"previous": previous, "is_new": is_new}
 
 
 def _fill(root: Path, environment: Path, wheel: str, pip: str, carried: bool, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines import environment, running
+from arriero.orchestrator.machines.doctor import Finding, doctor
 from arriero.orchestrator.machines.environment import Installation, Source
 from arriero.orchestrator.machines.survey import Survey, Tell, survey
 from arriero.orchestrator.machines.there import PYTHON_PLACES
@@ -65,3 +66,7 @@ class Machines:
     async def logs(self, connection: Connection, install_path: str, lines: int) -> bytes:
         """Return the agent's log, see `running.logs`."""
         return await running.logs(connection, install_path, lines)
+
+    async def doctor(self, connection: Connection, install_path: str) -> list[Finding]:
+        """Return what is well and what is wrong there, see `doctor.doctor`."""
+        return await doctor(connection, install_path, clock=self._clock, places=self._places)

@@ -9,7 +9,13 @@ from typing import Any, Final
 
 from arriero.contracts.errors import ArrieroError, ErrorBody, ErrorCode, fail, from_body
 from arriero.fabrics.base import Connection
-from arriero.orchestrator.machines import agent_child, environment_child, survey_child, there_child
+from arriero.orchestrator.machines import (
+    agent_child,
+    environment_child,
+    examine_child,
+    survey_child,
+    there_child,
+)
 
 #: Where a Python may be besides the folders of PATH, which is short for commands over SSH.
 PYTHON_PLACES: Final = (
@@ -29,7 +35,7 @@ LOOK_TIMEOUT_S: Final = 30.0
 ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
 
 #: In the order in which they import each other.
-_MODULES: Final = (there_child, survey_child, environment_child, agent_child)
+_MODULES: Final = (there_child, survey_child, environment_child, agent_child, examine_child)
 _START: Final = """
 import sys, types
 actions = {{}}

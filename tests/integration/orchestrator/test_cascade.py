@@ -1,0 +1,139 @@
+"""What goes along when an orchestrator goes: agents and workers on a machine behind a real sshd."""
+
+import asyncio
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from arriero.contracts.records import WorkerRecord
+from arriero.contracts.requests import SpawnBody
+from arriero.contracts.states import NodeState, WorkerState
+from arriero.orchestrator.store import open_database
+from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime import processes
+from arriero.runtime.entropy import SystemEntropy
+from arriero.testing.agents import AgentProcess
+from arriero.testing.pool import Pool, eventually
+from arriero.testing.sshd import SshServer, sshd_path
+
+pytestmark = [
+    pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
+    pytest.mark.timeout(60),
+]
+FAKE = {"engine": "fake", "stop_grace_s": "2"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    with SshServer(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@pytest.fixture
+def there() -> Iterator[AgentProcess]:
+    """The agent of the other machine."""
+    with tempfile.TemporaryDirectory(prefix="arr-") as folder:
+        settings = {**FAKE, "node_timeout_s": "0.4", "node_name": "there"}
+        with AgentProcess(Path(folder) / "home", settings) as running:
+            yield running
+
+
+@pytest.fixture
+def pool(there: AgentProcess, server: SshServer) -> Iterator[Pool]:
+    """A pool to which that machine belongs; nothing runs here yet."""
+    with Pool({**FAKE, "node_name": "here"}) as made:
+        made.state.prepare()
+        entry = NodeEntry(
+            name="there",
+            ssh=server.target,
+            key_path=str(server.key),
+            host_key=server.fingerprint(),
+            install_path=str(there.home.parent),
+            capabilities=there.client.capabilities(),
+        )
+        asyncio.run(_register(made, entry))
+        yield made
+        assert made.stop() == []
+
+
+async def _register(pool: Pool, entry: NodeEntry) -> None:
+    database = await open_database(pool.state.orchestrator_db)
+    try:
+        await (await NodeStore.open(database, SystemEntropy())).save(entry)
+    finally:
+        await database.close()
+
+
+@contextmanager
+def orchestrator(pool: Pool, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    daemon = pool.begin("orchestrator", *flags)
+    try:
+        eventually("the other machine is there", lambda: _status(pool) is NodeState.READY, 20)
+        yield daemon
+    finally:
+        daemon.kill()
+        daemon.communicate()
+
+
+def _status(pool: Pool) -> NodeState | None:
+    if pool.state.running("orchestrator") is None:
+        return None
+    return {node.name: node.status for node in pool.orchestrator.nodes()}.get("there")
+
+
+def loaded(pool: Pool, there: AgentProcess) -> WorkerRecord:
+    """Have the orchestrator start a worker on the other machine."""
+    spawned = pool.orchestrator.spawn(SpawnBody(model_ref="demo", engine="fake"), node="there")
+    return there.wait_worker(spawned.worker_id, WorkerState.IDLE)
+
+
+def has_ended(there: AgentProcess, record: WorkerRecord) -> bool:
+    return there.client.worker(record.worker_id).state is WorkerState.STOPPED
+
+
+def test_with_cascade_agents_and_workers_of_other_machines_go_along(pool: Pool, there: AgentProcess) -> None:
+    pool.start("agent")
+    with orchestrator(pool, "--cascade") as daemon:
+        record = loaded(pool, there)
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+    assert there.process is not None and there.process.wait(5) == 0
+    assert there.state.worker_runs() == [] and processes.identity(record.pid) is None
+    assert pool.process("agent").wait(5) == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--with-agent",)])
+def test_without_it_they_stay(pool: Pool, there: AgentProcess, flags: tuple[str, ...]) -> None:
+    with orchestrator(pool, *flags) as daemon:
+        record = loaded(pool, there)
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+        assert there.client.worker(record.worker_id).state is WorkerState.IDLE
+
+
+def test_an_ephemeral_orchestrator_takes_its_workers_along_and_no_others(
+    pool: Pool, there: AgentProcess
+) -> None:
+    other = there.wait_worker(there.spawn("demo", engine="fake").worker_id, WorkerState.IDLE)
+    with orchestrator(pool, "--ephemeral") as daemon:
+        record = loaded(pool, there)
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+        assert has_ended(there, record), "it was waited for"
+    assert there.client.worker(other.worker_id).state is WorkerState.IDLE
+
+
+def test_the_workers_of_one_that_was_killed_go_too(pool: Pool, there: AgentProcess) -> None:
+    with orchestrator(pool, "--ephemeral") as daemon:
+        record = loaded(pool, there)
+        daemon.kill()
+        daemon.wait(10)
+        eventually("its worker is gone", lambda: has_ended(there, record), 20)
+    # It had no time to tidy up after itself.
+    down = pool.begin("down")
+    told, _ = down.communicate(timeout=20)
+    assert down.returncode == 0 and "removed what was left behind" in told
