@@ -1,6 +1,7 @@
 """Do `up`, `down`, `status` and their kin keep their word, with real daemons?"""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,6 +51,12 @@ def test_up_status_down(home: Home) -> None:
     assert home.workers() == []
     assert home.run("models", "list").code == 0
     assert home.run("downloads", "list", "--json").json == {"downloads": []}
+    explained = home.run("explain", "--model", "demo")
+    assert explained.code == 0 and re.search(r"^1 +box +ready +cpu +", explained.out, re.MULTILINE)
+    assert home.run("explain", "--model", "demo", "--json").json["node"] == "box"
+    unlabelled = home.run("explain", "--model", "demo", "--label", "disk=fast")
+    assert unlabelled.code == 1 and "lacks the label disk=fast" in unlabelled.out
+    assert home.run("explain", "--label", "disk").code == 2
 
     down = home.run("down")
     assert down.code == 0

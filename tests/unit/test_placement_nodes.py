@@ -217,6 +217,28 @@ def test_the_choice_is_the_first_candidate_and_every_other_one_is_ranked_or_refu
             assert view.name not in wants.excluded and wants.node in (None, view.name)
 
 
+def test_the_index_finds_the_node_that_has_just_enough_and_follows_load_and_speed() -> None:
+    index = NodeIndex()
+    views = [node("a", 4050), node("b", 4060), node("c", 16000)]
+    for view in views:
+        index.put(view, 0)
+
+    def best(needed_mb: int, **facts: Any) -> str | None:
+        found = index.best(WANTS, needed_mb, ModelFacts(**facts))
+        return found.name if found is not None else None
+
+    assert (best(4000), best(4055), best(4061), best(16001)) == ("a", "b", "c", None)
+    assert best(4000, speeds={"a": 10.0, "b": 90.0}) == "b"
+    assert best(4000, speeds={"a": 10.0}) == "b", "one that was never measured is tried"
+    index.put(views[0], 3)
+    assert best(4000) == "b"
+    index.put(replace(views[1], state=NodeState.DRAINING), 0)
+    assert best(4000) == "a"
+    index.drop("a")
+    index.drop("a")
+    assert best(4000) == "c"
+
+
 @given(nodes=NODES, wants=ANY_WANTS, mb=st.none() | SIZES, facts=FACTS)
 def test_only_one_that_sleeps_and_could_take_it_is_woken(
     nodes: list[NodeView], wants: Wants, mb: int | None, facts: ModelFacts
