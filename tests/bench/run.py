@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from arriero.contracts.version import __version__
 from arriero.runtime.state_dir import StateDir, socket_dir
-from tests.bench import cancel, download, herd
+from tests.bench import cancel, download, herd, placement
 from tests.bench.load import Round, Target, one_round
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +137,7 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     print("commands:", line["commands"])
     print("download:", line["download"])
     print("herd:", line["herd"])
+    print("placement:", line["placement"])
 
 
 def main() -> int:
@@ -168,6 +169,7 @@ def main() -> int:
     # The pool is down: nothing else computes meanwhile.
     line["download"] = download.measure()
     line["herd"] = herd.measure()
+    line["placement"] = placement.measure()
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else None
     show(line, baseline)
     HISTORY.parent.mkdir(exist_ok=True)

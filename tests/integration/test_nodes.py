@@ -61,7 +61,12 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
         assert said in done.err
     answer = home.run(*COUNT, "--node", "far")
     assert (answer.code, answer.out.strip()) == (0, ANSWER), answer
-    assert [worker["node"] for worker in home.workers()] == ["far"]
+    (worker,) = home.workers()
+    assert worker["node"] == "far"
+    assert "worker" in home.run("workers", "logs", worker["worker_id"]).out
+    assert "agent_answers" in home.run("nodes", "logs", "far").out
+    findings = {each["name"]: each for each in home.run("nodes", "doctor", "far", "--json").json["findings"]}
+    assert findings["agent"]["is_ok"] and findings["environment"]["is_ok"], findings
     listening = {
         f"{connection.laddr.ip}"
         for process in remote.processes()

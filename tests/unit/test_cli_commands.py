@@ -33,7 +33,7 @@ ALL = dict(commands())
 
 
 def test_the_commands_that_people_were_told_of_are_there() -> None:
-    expected = "up down status infer chat ps workers models nodes probe doctor version completion"
+    expected = "up down status infer chat ps workers models nodes probe doctor explain version completion"
     assert set(expected.split()) <= set(ALL)
     assert {"workers list", "workers stop", "workers logs", "models list", "nodes list"} <= set(ALL)
 

@@ -11,6 +11,7 @@ from arriero.contracts.errors import ErrorCode
 from arriero.contracts.records import DeviceRecord, ModelRecord
 from arriero.contracts.states import NodeState
 from arriero.domain.placement import ModelFacts, NodeView, Wants, candidates, choose_node
+from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_memory import OVERHEAD_MB, memory_mb, needed
 from arriero.domain.placement_wake import choose_sleeper
 
@@ -191,6 +192,12 @@ def test_the_choice_is_the_first_candidate_and_every_other_one_is_ranked_or_refu
 ) -> None:
     choice = choose_node(nodes, wants, mb, facts)
     assert choose_node(data.draw(st.permutations(nodes)), wants, mb, facts) == choice
+    index = NodeIndex()
+    for view in nodes:
+        index.put(replace(view, state=NodeState.READY, promised_mb={}), 7)
+        index.put(view, facts.loads.get(view.name, 0))
+    best = index.best(wants, mb, facts)
+    assert (best.name if best is not None else None) == choice.node
     listed = candidates(nodes, wants, mb, facts)
     assert {candidate.name for candidate in listed} == {view.name for view in nodes}
     assert [c.rank for c in listed if c.rank is not None] == list(range(1, len(listed) + 1))[

@@ -16,6 +16,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No steps and no progress on stderr.")
 
+label_option = click.option(
+    "--label", "labels", multiple=True, metavar="K=V", help="Only on nodes with this label; may be repeated."
+)
+
+
+def labels_of(given: Sequence[str]) -> dict[str, str]:
+    """Return the labels of `--label K=V`.  Raises wrong usage."""
+    labels: dict[str, str] = {}
+    for text in given:
+        name, is_pair, value = text.partition("=")
+        if not is_pair or not name:
+            raise click.BadParameter(f"{text!r} is not of the form K=V", param_hint="--label")
+        labels[name] = value
+    return labels
+
 
 def examples(lines: Sequence[str]) -> str:
     """Return the epilog of a command's help."""

@@ -19,6 +19,7 @@ from arriero.client.nodes_api import NodeCalls
 from arriero.client.stream import EventStream, InferenceFrame
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import DownloadFrame, InferenceAnswer, LoadingFrame, TaskEvent
+from arriero.contracts.placements import PlacementExplained
 from arriero.contracts.records import (
     Capabilities,
     DownloadList,
@@ -108,6 +109,10 @@ class Orchestrator(NodeCalls):
         """Stop a worker gracefully.  Raises WORKER_NOT_FOUND."""
         self.send("DELETE", f"/v1/workers/{quote(worker_id, safe='')}", timeout_s=timeout_s)
 
+    def explain(self, body: TaskBody) -> PlacementExplained:
+        """Return where a request would go now, and why nowhere else."""
+        return self.call("POST", "/v1/placements:explain", PlacementExplained, body=_without_defaults(body))
+
     def downloads(self) -> list[DownloadRecord]:
         """Return the downloads of the pool, running and ended."""
         return self.call("GET", "/v1/downloads", DownloadList).downloads
@@ -165,6 +170,10 @@ class Orchestrator(NodeCalls):
             "POST", "/v1/tasks",
             body=_without_defaults(body), headers=headers, codes=codes, silence_s=silence_s, total_s=total_s,
         )  # fmt: skip
+
+    def worker_log(self, worker_id: str, *, follow: bool) -> Iterator[bytes]:
+        """Yield a worker's log as it comes."""
+        return self.lines(f"/v1/workers/{quote(worker_id, safe='')}/logs" + ("?follow=1" if follow else ""))
 
     def node_agent(self, node: str) -> "Agent":
         """Return a client of a node's agent, wherever it lives: for its models and engines alone."""
@@ -336,4 +345,5 @@ def _without_defaults(body: InferenceBody) -> dict[str, Any]:
 
 
 def _is_default(name: str, value: object) -> bool:
-    return (name == "ignore_eos" and value is False) or (name == "queue" and value is True)
+    defaults = {"ignore_eos": False, "queue": True, "labels": {}}
+    return name in defaults and value == defaults[name]

@@ -10,13 +10,14 @@ from arriero.client.caller import Caller
 from arriero.client.connection import FailureCodes
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.events import NodeDone, NodeProgress, NodeStep
-from arriero.contracts.records import NodeList, NodeRecord
+from arriero.contracts.records import Finding, FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 
 #: A person's request: what the orchestrator says is what counts.
 NODE_CODES: Final = FailureCodes(ErrorCode.SSE_CONNECTION_ERROR, ErrorCode.SSE_CONNECTION_TIMEOUT)
 #: Connecting takes up to three attempts of 10 s.
 CONNECTED_S: Final = 60.0
+EXAMINED_S: Final = 240.0
 _PROGRESS: Final = msgspec.json.Decoder(NodeProgress)
 
 OnStep = Callable[[NodeStep], None]
@@ -59,6 +60,10 @@ class NodeCalls(Caller):
         """Stop what was started on a machine and forget it, and hear each step."""
         query = urlencode({"purge": str(purge).lower(), "force": str(force).lower()})
         return self._worked("DELETE", f"{_path(name)}?{query}", on_step)
+
+    def examine_node(self, name: str) -> list[Finding]:
+        """Have a machine looked over: every file of its installation is read."""
+        return self.call("GET", _path(name) + "/doctor", FindingList, timeout_s=EXAMINED_S).findings
 
     def node_log(self, name: str, lines: int) -> bytes:
         """Return the last lines of the log of a machine's agent."""

@@ -387,6 +387,23 @@ class NodeList(msgspec.Struct, frozen=True):
     nodes: list[NodeRecord]
 
 
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was looked at on a machine."""
+
+    #: command, system, python, disk, gpu, clock, latency; environment, agent, keeper.
+    name: str
+    is_ok: bool
+    message: str
+    #: Error code of what is wrong; None where all is well.
+    code: str | None = None
+
+
+class FindingList(msgspec.Struct, frozen=True):
+    """`GET /v1/nodes/{name}/doctor` of the orchestrator."""
+
+    findings: list[Finding]
+
+
 class DownloadList(msgspec.Struct, frozen=True):
     """`GET /v1/downloads`."""
 

@@ -93,6 +93,10 @@ class NodeView:
             return None
         return found
 
+    def asked(self) -> Iterable[tuple[str | None, Room]]:
+        """Return what may be asked for, each with the room that it means."""
+        return self._rooms.items()
+
     def rooms(self, wants: Wants) -> list[Room]:
         """Return all devices that may be used."""
         best = self.room(wants)
@@ -120,8 +124,12 @@ def _room(node: NodeView, device: DeviceRecord) -> Room:
     total_mb = (node.ram_mb or device.memory_mb) if is_host else device.memory_mb
     promised_mb = node.promised_mb.get(device.id, 0)
     left_mb = free_mb - promised_mb
-    size_class = round(_SIZE_STEPS * math.log2(left_mb)) if left_mb > 0 else 0
-    return Room(device.id, device.backend, left_mb, promised_mb, total_mb, size_class)
+    return Room(device.id, device.backend, left_mb, promised_mb, total_mb, size_class(left_mb))
+
+
+def size_class(memory_mb: int) -> int:
+    """Return memory as a step of half a doubling."""
+    return round(_SIZE_STEPS * math.log2(memory_mb)) if memory_mb > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +173,22 @@ def choose_node(
     best_rank: Rank | None = None
     known = list(nodes)
     for node in known:
-        rank = _rank(node, wants, needed_mb, facts)
+        rank = node_rank(node, wants, needed_mb, facts)
         if rank is not None and (best_rank is None or rank < best_rank):
             best, best_rank = node, rank
     if best is None:
         return _none(known, wants, needed_mb, facts)
-    return NodeChoice(best.name, None, _message(best, wants, needed_mb))
+    return chosen_node(best, wants, needed_mb)
+
+
+def chosen_node(node: NodeView, wants: Wants, needed_mb: int | None) -> NodeChoice:
+    """Return the choice of a node."""
+    return NodeChoice(node.name, None, _message(node, wants, needed_mb))
+
+
+def no_node(nodes: Iterable[NodeView], wants: Wants, needed_mb: int | None, facts: ModelFacts) -> NodeChoice:
+    """Return why no node was chosen."""
+    return _none(list(nodes), wants, needed_mb, facts)
 
 
 def candidates(
@@ -180,7 +198,7 @@ def candidates(
     ranked: list[tuple[Rank, NodeView]] = []
     refused: list[NodeView] = []
     for node in nodes:
-        rank = _rank(node, wants, needed_mb, facts)
+        rank = node_rank(node, wants, needed_mb, facts)
         if rank is None:
             refused.append(node)
         else:
@@ -206,7 +224,7 @@ def candidates(
     ]
 
 
-def _rank(node: NodeView, wants: Wants, needed_mb: int | None, facts: ModelFacts) -> Rank | None:
+def node_rank(node: NodeView, wants: Wants, needed_mb: int | None, facts: ModelFacts) -> Rank | None:
     """Return where a node stands: the least is chosen.  None: it cannot take the worker."""
     if node.state is not NodeState.READY or node.is_drained:
         return None

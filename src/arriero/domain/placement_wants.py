@@ -1,6 +1,6 @@
 """What does a request ask for, and how is it told why a candidate cannot give it?"""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,7 +37,7 @@ class ModelFacts:
     """What is known of the model that is asked for, besides its size."""
 
     #: Nodes that have it on their disk.
-    holders: Container[str] = frozenset()
+    holders: Set[str] = frozenset()
     #: Whether a node that lacks it can fetch it from another one.
     has_neighbour: bool = False
     #: Whether every node has it without fetching (`demo`, `file:`).

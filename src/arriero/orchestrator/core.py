@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.events import PoolSnapshot
-from arriero.domain.placement import NodeChoice, Wants, WorkerChoice
+from arriero.contracts.placements import PlacementExplained
+from arriero.domain.placement import Wants
 from arriero.fabrics.base import Fabric
 from arriero.orchestrator.adding import Adding, Underway
 from arriero.orchestrator.courier import Counters, Courier
 from arriero.orchestrator.exchange import Exchanges
+from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.membership import Membership
@@ -69,10 +71,9 @@ class Orchestrator:
             tasks=self.tasks.open_records(),
         )
 
-    async def explain(self, wants: Wants) -> tuple[WorkerChoice, NodeChoice | None]:
-        """Return where a request would go: the worker, else the node for a new one."""
-        worker = self.scheduler.choose(wants)
-        return worker, None if worker.worker_id is not None else self.provisioner.room.choose(wants)
+    def explain(self, wants: Wants) -> PlacementExplained:
+        """Return where a request would go now, and why nowhere else."""
+        return explain(self.registry.views, self.provisioner.room, wants)
 
     def node_for_download(self, wants: Wants) -> Node:
         """Return the node that a model is to be fetched to.  Raises why there is none."""

@@ -8,7 +8,7 @@ node's memory has it first.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NoReturn
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import TaskPlacing
@@ -16,7 +16,14 @@ from arriero.contracts.states import NodeState
 from arriero.domain.placement_eviction import ANY, IDLE_ONLY, READY_ONES, Eviction, Stage, plan_eviction
 from arriero.domain.placement_ledger import Movement
 from arriero.domain.placement_memory import Needed
-from arriero.domain.placement_nodes import Candidate, NodeChoice, NodeView, candidates, choose_node
+from arriero.domain.placement_nodes import (
+    Candidate,
+    NodeChoice,
+    NodeView,
+    candidates,
+    chosen_node,
+    no_node,
+)
 from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
 from arriero.domain.placement_wake import choose_sleeper
 from arriero.domain.placement_wants import ModelFacts, Wants, count, gib
@@ -101,18 +108,22 @@ class RoomFinder:
     def choose(self, wants: Wants) -> NodeChoice:
         """Return which node would take a new worker now, as things are."""
         facts, needed = self._views.facts(wants.model_ref), self._views.needed(wants.model_ref)
-        choice = self._choose(wants, needed.full_mb if needed is not None else None, facts)
-        if choice.node is None and needed is not None and needed.least_mb < needed.full_mb:
-            reduced = self._choose(wants, needed.least_mb, facts)
-            return reduced if reduced.node is not None else choice
-        return choice
+        full_mb = needed.full_mb if needed is not None else None
+        for needed_mb in (full_mb,) if needed is None else (full_mb, needed.least_mb):
+            view = self._views.index.best(wants, needed_mb, facts)
+            if view is not None:
+                return chosen_node(view, wants, needed_mb)
+        return no_node(self._views.nodes(), wants, full_mb, facts)
 
     def choose_disk(self, wants: Wants) -> NodeChoice:
         """Return which node a model is fetched to, whatever its memory holds now."""
         facts = self._views.facts(wants.model_ref)
-        choice = self._choose(wants, None, facts)
         # A disk is a disk, also where the engine for the accelerator is missing.
-        return choice if choice.node is not None else self._choose(replace(wants, backend="cpu"), None, facts)
+        for able in (wants, replace(wants, backend="cpu")):
+            view = self._views.index.best(able, None, facts)
+            if view is not None:
+                return chosen_node(view, able, None)
+        return no_node(self._views.nodes(), wants, None, facts)
 
     def foresee(self, wants: Wants) -> Foreseen:
         """Return what would happen to a new worker now."""
@@ -170,20 +181,21 @@ class RoomFinder:
         facts = self._views.facts(wants.model_ref)
         needed = _larger(self._views.needed(wants.model_ref), learned_mb)
         full_mb = needed.full_mb if needed is not None else None
-        choice = self._choose(wants, full_mb, facts)
-        if choice.node is not None:
-            return self._found(choice.node, choice.message, wants, full_mb)
+        view = self._views.index.best(wants, full_mb, facts)
+        if view is not None:
+            return self._found(chosen_node(view, wants, full_mb), wants, full_mb)
         if needed is None:
             sleeper = choose_sleeper(self._views.nodes(), wants, None, facts)
-            return sleeper if sleeper is not None else self._none(choice, wants, waiter)
+            return sleeper if sleeper is not None else self._none(wants, waiter, None, facts)
         idle = self._make_room(wants, waiter, needed.full_mb, facts)
         if idle is not None:
             return idle
         if needed.least_mb < needed.full_mb:
-            reduced = self._choose(wants, needed.least_mb, facts)
-            if reduced.node is not None:
+            view = self._views.index.best(wants, needed.least_mb, facts)
+            if view is not None:
+                reduced = chosen_node(view, wants, needed.least_mb)
                 message = f"{reduced.message}, with less context than the model could have"
-                return self._found(reduced.node, message, wants, needed.least_mb)
+                return self._found(replace(reduced, message=message), wants, needed.least_mb)
         wait = self._wait_for_room(wants, waiter, needed.full_mb, facts)
         if isinstance(wait, Found):
             return wait
@@ -196,7 +208,7 @@ class RoomFinder:
             )
         if wait is None:
             waiter.node = None
-            return self._none(choice, wants, waiter)
+            return self._none(wants, waiter, full_mb, facts)
         return wait
 
     def _make_room(
@@ -261,26 +273,25 @@ class RoomFinder:
                 return False
         return True
 
-    def _choose(self, wants: Wants, needed_mb: int | None, facts: ModelFacts) -> NodeChoice:
-        return choose_node(self._views.nodes(), wants, needed_mb, facts)
-
     def _plan(
         self, wants: Wants, needed_mb: int, facts: ModelFacts, stages: frozenset[Stage]
     ) -> Eviction | None:
         occupants = self._views.occupants()
         return plan_eviction(self._views.nodes(), occupants, wants, needed_mb, facts=facts, stages=stages)
 
-    def _found(self, node: str, message: str, wants: Wants, needed_mb: int | None) -> Found:
-        view = self._views.node(node)
+    def _found(self, choice: NodeChoice, wants: Wants, needed_mb: int | None) -> Found:
+        assert choice.node is not None, "a node was chosen"
+        view = self._views.node(choice.node)
         room = view.room(wants) if view is not None else None
         movement = None
         if room is not None and needed_mb is not None:
-            movement = self._views.reserve(node, room.device, needed_mb)
-        return Found(node, message, movement)
+            movement = self._views.reserve(choice.node, room.device, needed_mb)
+        return Found(choice.node, choice.message, movement)
 
-    def _none(self, choice: NodeChoice, wants: Wants, waiter: _Waiter) -> _Wait:
+    def _none(self, wants: Wants, waiter: _Waiter, needed_mb: int | None, facts: ModelFacts) -> NoReturn:
         if waiter.failed:
             raise next(iter(waiter.failed.values()))
+        choice = no_node(self._views.nodes(), wants, needed_mb, facts)
         refused = {refusal.candidate: refusal.why for refusal in choice.refused}
         fail(choice.code or ErrorCode.NO_CAPACITY, choice.message, model_ref=wants.model_ref, refused=refused)
 

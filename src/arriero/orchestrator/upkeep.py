@@ -7,6 +7,7 @@ from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.records import Finding
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
 from arriero.fabrics.base import Connection, Fabric
@@ -181,6 +182,12 @@ class Upkeep:
         return NodeDone(message=f"{name} is no part of the pool any more{left}")
 
     # --- Looking -------------------------------------------------------------------------
+
+    async def doctor(self, name: str) -> list[Finding]:
+        """Look for what is wrong with a machine.  Raises what connecting raises."""
+        entry = self._membership.remote(name)
+        async with self._connected(entry, _unheard) as connection:
+            return await self._machines.doctor(connection, entry.install_path)
 
     async def logs(self, name: str, lines: int) -> bytes:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""

@@ -13,6 +13,7 @@ from arriero.contracts.events import NodeChanged, PoolEvent, PoolWorkerChanged
 from arriero.contracts.records import DeviceRecord, ModelRecord, NodeRecord, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement_eviction import Occupant, Stage
+from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_ledger import Ledger, Movement
 from arriero.domain.placement_memory import MIB, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
@@ -66,6 +67,7 @@ class PoolViews:
         self._ledger = Ledger()
         self.speeds = Speeds()
         self.workers = WorkerIndex()
+        self.index = NodeIndex()
 
     # --- Read by choices --------------------------------------------------------------------
 
@@ -219,16 +221,12 @@ class PoolViews:
         """Take note that a request is given to a worker."""
         record = self._records[worker_id]
         self._uses.setdefault(worker_id, _Use()).in_flight += 1
-        self._loads[record.node] = self._loads.get(record.node, 0) + 1
+        self._count(record.node, 1)
         self._show(record)
 
     def released(self, worker_id: str, node: str) -> None:
         """Take note that a request is with its worker no more."""
-        left = self._loads[node] - 1
-        if left:
-            self._loads[node] = left
-        else:
-            del self._loads[node]
+        self._count(node, -1)
         use = self._uses.get(worker_id)
         if use is None:
             return
@@ -240,6 +238,16 @@ class PoolViews:
             self._show(record)
         elif not use.in_flight:
             del self._uses[worker_id]
+
+    def _count(self, name: str, change: int) -> None:
+        load = self._loads.get(name, 0) + change
+        if load:
+            self._loads[name] = load
+        else:
+            del self._loads[name]
+        node = self._nodes.get(name)
+        if node is not None:
+            self.index.put(node, load)
 
     def finished(self, node: str, model_ref: str, *, tokens: int, duration_ms: float) -> None:
         """Take the speed of one finished request."""
@@ -286,6 +294,7 @@ class PoolViews:
             self._forget_models(record.name)
             self._seen.pop(record.name, None)
             self._nodes.pop(record.name, None)
+            self.index.drop(record.name)
             return
         seen = self._seen.get(record.name)
         if seen is None:
@@ -325,6 +334,7 @@ class PoolViews:
             wake_cost_s=self._wake_cost_s,
         )
         self._nodes[record.name] = view
+        self.index.put(view, self._loads.get(record.name, 0))
         return view
 
     def _forget_models(self, name: str) -> None:

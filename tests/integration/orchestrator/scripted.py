@@ -24,6 +24,7 @@ from arriero.contracts.events import (
     AgentEvent,
     AgentSnapshot,
     DownloadFrame,
+    ModelsChanged,
     WorkerChanged,
 )
 from arriero.contracts.records import (
@@ -216,6 +217,8 @@ class ScriptedAgent:
         #: Who left a download.
         self.left: asyncio.Queue[str] = asyncio.Queue()
         self.is_silent = False
+        #: What a worker of a model takes, in MiB; less is free meanwhile.
+        self.memory_of: dict[str, int] = {}
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
         self._runner: web.AppRunner | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -272,9 +275,20 @@ class ScriptedAgent:
         self.change(worker, state=WorkerState.IDLE)
         return worker
 
+    @property
+    def ram_free_mb(self) -> int:
+        return 7578 - sum(worker.record.memory_mb for worker in self.workers.values())
+
+    def has_models(self, *models: ModelRecord) -> None:
+        """Have these models in the catalog, and tell."""
+        self.models[:] = models
+        self.tell(ModelsChanged(models=list(models)))
+
     async def _new_worker(self, model_ref: str, script: WorkerScript) -> ScriptedWorker:
         self._number += 1
         worker = ScriptedWorker(f"w-{self._number:012x}", self.name, model_ref, script)
+        memory_mb = self.memory_of.get(model_ref, 0)
+        worker.record = msgspec.structs.replace(worker.record, memory_mb=memory_mb)
         self.workers[worker.worker_id] = worker
         await worker.start()
         return worker
@@ -300,7 +314,7 @@ class ScriptedAgent:
                     async with asyncio.timeout(0.3):
                         event = await queue.get()
                 except TimeoutError:
-                    event = AgentBeat(ram_free_mb=7578, disk_free_mb=9000, unix=1.0)
+                    event = AgentBeat(ram_free_mb=self.ram_free_mb, disk_free_mb=9000, unix=1.0)
         finally:
             self._queues.discard(queue)
 
@@ -309,7 +323,7 @@ class ScriptedAgent:
         return AgentSnapshot(
             capabilities=Capabilities(
                 name=self.name, version=__version__, api_version=API_VERSION, backends=["cpu"], devices=[cpu],
-                engines={}, ram_mb=16000, ram_free_mb=7578, disk_free_mb=9000, cpu_cores=2, os="linux", arch="x",
+                engines={}, ram_mb=16000, ram_free_mb=self.ram_free_mb, disk_free_mb=9000, cpu_cores=2, os="linux", arch="x",
             ),
             workers=[worker.record for worker in self.workers.values()],
             worker_tokens={worker.worker_id: worker.token for worker in self.workers.values()},

@@ -230,7 +230,8 @@ async def test_the_feed_begins_with_everything_and_tells_every_change(tmp_path: 
 
 async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
-        andes.models.append(
+        await node_is(o, "ready")
+        andes.has_models(
             ModelRecord(
                 model_id="m-0123456789ab",
                 model_ref="hf:org/repo:Q4",
@@ -241,8 +242,8 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
                 added_unix=7.0,
             )
         )
-        await node_is(o, "ready")
-        listed = await o.get("/v1/models")
+        # Told once, when the catalog changed: nobody asks for it again.
+        listed = await o.until("/v1/models", lambda answer: len(answer["data"]) == 2)
         assert [model["id"] for model in listed["data"]] == ["demo", "hf:org/repo:Q4"]
         for path in ("/v1/models/hf:org/repo:Q4", "/v1/models/hf%3Aorg%2Frepo%3AQ4"):
             async with o.session.get(URL(o.url + path, encoded=True)) as response:

@@ -37,6 +37,7 @@ _EXAMPLES: Final = (
 @click.option("--node", metavar="NAME", help="Only on this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…; nothing falls back by itself.")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
+@options.label_option
 @click.option(
     "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Seconds for all."
 )
@@ -120,4 +121,5 @@ def _body(prompt: str, given: dict[str, Any]) -> TaskBody:
         node=given["node"],
         backend=given["backend"],
         device=given["device"],
+        labels=options.labels_of(given["labels"]),
     )

@@ -235,6 +235,25 @@ def _rows(record: NodeRecord) -> list[tuple[str, str]]:
     return rows + [("advice", advice) for advice in record.advice]
 
 
+@nodes.command("doctor", epilog=options.examples(("arriero nodes doctor attic",)))
+@name_argument
+@options.json_option
+def doctor(*, name: str, as_json: bool) -> int:
+    """Look over a machine for what is wrong with it.
+
+    Exit codes: 0 all is well, 1 something is not, or the machine cannot be reached.
+    """
+    found = options.orchestrator(timeout_s=60.0).examine_node(name)
+    is_well = all(finding.is_ok for finding in found)
+    if as_json:
+        render.data({"findings": found})
+    else:
+        for finding in found:
+            mark = "ok" if finding.is_ok else (finding.code or "problem")
+            render.out(f"{mark:<24}{finding.name}: {finding.message}")
+    return Exit.OK if is_well else Exit.ERROR
+
+
 @nodes.command("logs", epilog=options.examples(("arriero nodes logs attic --lines 500",)))
 @name_argument
 @click.option(
@@ -244,9 +263,14 @@ def _rows(record: NodeRecord) -> list[tuple[str, str]]:
     show_default=True,
     help="So many of the last lines.",
 )
-def logs(*, name: str, lines: int) -> int:
+@options.json_option
+def logs(*, name: str, lines: int, as_json: bool) -> int:
     """Print the log of a machine's agent."""
-    sys.stdout.buffer.write(options.orchestrator(timeout_s=60.0).node_log(name, lines))
+    content = options.orchestrator(timeout_s=60.0).node_log(name, lines)
+    if as_json:
+        render.data({"node": name, "lines": content.decode("utf-8", "replace").splitlines()})
+        return Exit.OK
+    sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()
     return Exit.OK
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -96,8 +96,7 @@ def logs(*, worker_id: str, follow: bool, as_json: bool) -> int:
     with terminable():
         content = _local_log(worker_id) if not follow else None
         if content is None:
-            agent = discovery.agent()
-            pieces = Agent(agent.url, agent.token).worker_log(worker_id, follow=follow)
+            pieces = _log_of_pool(worker_id, follow=follow)
             if not as_json:
                 for piece in pieces:
                     sys.stdout.buffer.write(piece)
@@ -110,6 +109,14 @@ def logs(*, worker_id: str, follow: bool, as_json: bool) -> int:
     else:
         sys.stdout.write(text)
     return Exit.OK
+
+
+def _log_of_pool(worker_id: str, *, follow: bool) -> Iterator[bytes]:
+    """Yield a log as the orchestrator passes it on, wherever the worker lives; this agent's without one."""
+    if discovery.given_orchestrator() is None and discovery.state_of().running("orchestrator") is None:
+        agent = discovery.agent()
+        return Agent(agent.url, agent.token).worker_log(worker_id, follow=follow)
+    return options.orchestrator().worker_log(worker_id, follow=follow)
 
 
 def show_workers(found: Sequence[WorkerRecord]) -> None:

@@ -1,11 +1,11 @@
 """What is wrong with a machine that arriero is installed on?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
+from arriero.contracts.records import Finding
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines.survey import survey
 from arriero.orchestrator.machines.there import PYTHON_PLACES, ask
@@ -15,18 +15,6 @@ from arriero.runtime.clock import Clock
 EXAMINE_TIMEOUT_S: Final = 180.0
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    #: command, system, python, disk, gpu, clock, latency; environment, agent, keeper.
-    name: str
-    is_ok: bool
-    message: str
-    #: Of what is wrong; None where all is well.
-    code: ErrorCode | None = None
-
-
 async def doctor(
     connection: Connection, install_path: str, *, clock: Clock, places: Sequence[str] = PYTHON_PLACES
 ) -> list[Finding]:
@@ -34,7 +22,8 @@ async def doctor(
     found: list[Finding] = []
 
     def tell(step: NodeStep) -> None:
-        found.append(Finding(step.step, not step.message.startswith("warning"), step.message))
+        is_ok = not step.message.startswith("warning")
+        found.append(Finding(name=step.step, is_ok=is_ok, message=step.message))
 
     try:
         machine = await survey(connection, install_path, tell, clock=clock, places=places)
@@ -44,8 +33,8 @@ async def doctor(
     except ArrieroError as error:
         if error.code is ErrorCode.NODE_UNREACHABLE:
             raise
-        return [*found, Finding("survey", is_ok=False, message=error.message, code=error.code)]
+        return [*found, Finding(name="survey", is_ok=False, message=error.message, code=error.code)]
     for each in answer:
         code = None if each["is_ok"] else ErrorCode(each["code"])
-        found.append(Finding(each["name"], each["is_ok"], each["message"], code))
+        found.append(Finding(name=each["name"], is_ok=each["is_ok"], message=each["message"], code=code))
     return found

@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from arriero.contracts.records import Finding
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines import environment, running
-from arriero.orchestrator.machines.doctor import Finding, doctor
+from arriero.orchestrator.machines.doctor import doctor
 from arriero.orchestrator.machines.environment import Installation, Source
 from arriero.orchestrator.machines.survey import Survey, Tell, survey
 from arriero.orchestrator.machines.there import PYTHON_PLACES

@@ -10,6 +10,7 @@ from litestar.types import ControllerRouterHandler
 
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.placements import PlacementExplained
 from arriero.contracts.records import (
     DownloadList,
     DownloadRecord,
@@ -21,7 +22,7 @@ from arriero.contracts.records import (
 from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
 from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
-from arriero.domain.placement import Wants
+from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.routes.nodes import node_routes
@@ -62,27 +63,6 @@ class DownloadAccepted(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     #: Whoever asked leaves with `DELETE /v1/downloads/ID?holder=…`; the last one to leave cancels.
     holder: str
-
-
-class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate that was not taken, and why."""
-
-    candidate: str
-    code: str
-    why: str
-
-
-class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/placements:explain`: what would happen to a request now; nothing is done."""
-
-    #: The worker that would take it; None: a new one is needed.
-    worker_id: str | None
-    #: The node that would take a new worker; None: there is a worker, or no node can.
-    node: str | None
-    code: str | None
-    message: str
-    refused_workers: list[Refused]
-    refused_nodes: list[Refused]
 
 
 def handlers(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -129,20 +109,8 @@ def _placement_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         body: TaskBody = decode_strictly(await request.body(), TaskBody)
         model = body.model or o.settings.default_model
         refs.parse(model)
-        worker, node = await o.explain(Wants(model, body.node, body.backend, body.device))
-        return PlacementExplained(
-            worker_id=worker.worker_id,
-            node=node.node if node is not None else None,
-            code=node.code.value if node is not None and node.code is not None else None,
-            message=worker.message if node is None else f"{worker.message}; {node.message}",
-            refused_workers=[
-                Refused(candidate=r.candidate, code=r.code.value, why=r.why) for r in worker.refused
-            ],
-            refused_nodes=[
-                Refused(candidate=r.candidate, code=r.code.value, why=r.why)
-                for r in (node.refused if node is not None else ())
-            ],
-        )
+        wants = Wants(model, body.node, body.backend, body.device, labels=labels_of(body.labels))
+        return o.explain(wants)
 
     return [explain]
 

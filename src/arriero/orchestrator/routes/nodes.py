@@ -10,7 +10,7 @@ from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
 from arriero.contracts.errors import ErrorCode, fail
-from arriero.contracts.records import NodeList, NodeRecord
+from arriero.contracts.records import FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.routes.followed import Followed, Work
@@ -40,6 +40,11 @@ def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Return one machine."""
         return o.registry.node(name).record()
 
+    @get("/v1/nodes/{name:str}/doctor")
+    async def doctor(name: FromPath[str]) -> FindingList:
+        """Look over a machine behind SSH for what is wrong with it."""
+        return FindingList(await o.upkeep.doctor(name))
+
     @get("/v1/nodes/{name:str}/logs", media_type="text/plain; charset=utf-8")
     async def logs(name: FromPath[str], lines: FromQuery[int] = 100) -> bytes:
         """Return the last `lines` of the log of a machine's agent."""
@@ -49,7 +54,7 @@ def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
             )
         return await o.upkeep.logs(name, lines)
 
-    return [list_nodes, get_node, logs]
+    return [list_nodes, get_node, doctor, logs]
 
 
 def _changing(o: Orchestrator) -> list[ControllerRouterHandler]:

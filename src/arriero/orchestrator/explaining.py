@@ -1,0 +1,121 @@
+"""How is it told where a request would go, and why nowhere else?"""
+
+from arriero.contracts.placements import (
+    Evicted,
+    NodeCandidate,
+    PlacementExplained,
+    Refused,
+    WorkerCandidate,
+)
+from arriero.domain.placement import Candidate, Refusal, Wants, WorkerView, choose_worker, gib
+from arriero.domain.placement_eviction import Eviction, Stage
+from arriero.domain.placement_wants import count
+from arriero.domain.placement_workers import chosen, worker_rank, worker_refusal
+from arriero.orchestrator.room import Foreseen, RoomFinder
+from arriero.orchestrator.views import PoolViews
+
+
+def explain(views: PoolViews, room: RoomFinder, wants: Wants) -> PlacementExplained:
+    """Return what would happen to a request now, with all numbers; nothing is done."""
+    known = views.workers.of_model(wants.model_ref)
+    worker = choose_worker(known, wants)
+    best = views.workers.best(wants)
+    if best is not None:
+        worker = chosen(best, worker.refused)
+    foreseen = room.foresee(wants)
+    choice = foreseen.choice
+    is_new = worker.worker_id is None
+    needed = foreseen.needed
+    wakes = views.node(foreseen.sleeper) if foreseen.sleeper is not None and is_new else None
+    return PlacementExplained(
+        model_ref=wants.model_ref,
+        worker_id=worker.worker_id,
+        node=choice.node if is_new else None,
+        code=choice.code.value if is_new and choice.code is not None else None,
+        message=f"{worker.message}; {choice.message}{_then(foreseen)}" if is_new else worker.message,
+        refused_workers=[_refused(refusal) for refusal in worker.refused],
+        refused_nodes=[_refused(refusal) for refusal in choice.refused] if is_new else [],
+        needed_mb=needed.full_mb if needed is not None else None,
+        needed_least_mb=needed.least_mb if needed is not None else None,
+        workers=_workers(known, wants),
+        nodes=[_node(views, candidate) for candidate in foreseen.candidates],
+        would_evict=_evicted(views, foreseen.eviction) if is_new and foreseen.eviction is not None else [],
+        would_wake=wakes.name if wakes is not None else None,
+        wake_cost_s=wakes.wake_cost_s if wakes is not None else None,
+    )
+
+
+def _then(foreseen: Foreseen) -> str:
+    plan = foreseen.eviction
+    if plan is not None:
+        wait = "once nothing computes there, " if foreseen.waits else ""
+        return (
+            f"; {wait}{count(len(plan.worker_ids), 'worker')} on {plan.node} would be stopped, "
+            f"which frees {gib(plan.freed_mb)} GiB"
+        )
+    if foreseen.sleeper is not None:
+        return f"; {foreseen.sleeper} would be woken"
+    return ""
+
+
+def _refused(refusal: Refusal) -> Refused:
+    return Refused(candidate=refusal.candidate, code=refusal.code.value, why=refusal.why)
+
+
+def _workers(known: list[WorkerView], wants: Wants) -> list[WorkerCandidate]:
+    able = sorted((view for view in known if worker_refusal(view, wants) is None), key=worker_rank)
+    ranks = {view.worker_id: number for number, view in enumerate(able, 1)}
+    others = sorted((view for view in known if view.worker_id not in ranks), key=lambda view: view.worker_id)
+    found = []
+    for view in (*able, *others):
+        refusal = worker_refusal(view, wants)
+        found.append(
+            WorkerCandidate(
+                worker_id=view.worker_id,
+                node=view.node,
+                state=str(view.state),
+                rank=ranks.get(view.worker_id),
+                slots_free=max(view.slots_free, 0),
+                queued=view.queued,
+                speed_tokens_per_s=round(view.speed, 2),
+                code=refusal[0].value if refusal is not None else None,
+                why=refusal[1] if refusal is not None else "",
+            )
+        )
+    return found
+
+
+def _node(views: PoolViews, candidate: Candidate) -> NodeCandidate:
+    view = views.node(candidate.name)
+    assert view is not None, "it is a candidate"
+    room, refusal = candidate.room, candidate.refusal
+    return NodeCandidate(
+        name=candidate.name,
+        status=str(view.state),
+        rank=candidate.rank,
+        device=room.device if room is not None else "",
+        free_mb=room.free_mb if room is not None else None,
+        promised_mb=room.promised_mb if room is not None else 0,
+        disk_free_mb=view.disk_free_mb,
+        has_model=candidate.has_model,
+        is_fetched_from_neighbour=candidate.is_fetched_from_neighbour,
+        speed_tokens_per_s=round(candidate.speed, 2),
+        load=candidate.load,
+        labels=dict(view.labels),
+        code=refusal.code.value if refusal is not None else None,
+        why=refusal.why if refusal is not None else "",
+    )
+
+
+def _evicted(views: PoolViews, plan: Eviction) -> list[Evicted]:
+    here = {occupant.worker_id: occupant for occupant in views.occupants().get(plan.node, [])}
+    return [
+        Evicted(
+            worker_id=worker_id,
+            node=plan.node,
+            model_ref=here[worker_id].model_ref,
+            memory_mb=here[worker_id].memory_mb,
+            is_busy=here[worker_id].stage is Stage.BUSY,
+        )
+        for worker_id in plan.worker_ids
+    ]
