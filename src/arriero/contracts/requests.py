@@ -57,8 +57,8 @@ class InferenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     queue: bool = True
 
 
-Label = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
-LabelValue = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
+Label = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._/-]{0,62}\Z")]
+LabelValue = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._/-]{0,63}\Z")]
 Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
 
 
@@ -149,8 +149,8 @@ class EngineInstallBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     sha256: Sha256 | None = None
 
 
-NodeName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
-Mac = Annotated[str, msgspec.Meta(pattern="^([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}$")]
+NodeName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9-]{0,62}\Z")]
+Mac = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}\Z")]
 
 
 class NodeAddBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -180,7 +180,7 @@ class NodeUpdateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     #: These are set; an empty value takes a label away.
     labels: Labels = {}
     #: Empty: it cannot be woken any more.
-    mac: Annotated[str, msgspec.Meta(pattern="^(([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2})?$")] | None = None
+    mac: Annotated[str, msgspec.Meta(pattern=r"\A(([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2})?\Z")] | None = None
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

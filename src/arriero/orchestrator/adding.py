@@ -7,6 +7,7 @@ node or no trace, and says which.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -15,10 +16,12 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeDone, NodeStep
 from arriero.contracts.requests import NodeAddBody
 from arriero.contracts.states import NodeState
+from arriero.contracts.version import __version__
 from arriero.fabrics.base import INSTALL_PATH, Connection, Fabric, NodeAddress
 from arriero.orchestrator.fitting import fit_engine
+from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
-from arriero.orchestrator.machines.survey import Tell
+from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.reach import address_of, ask_capabilities, connect
@@ -32,6 +35,23 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class Begun:
+    """What a machine was like before, and what has been done to it since."""
+
+    survey: Survey
+    had_agent: bool
+    #: None until it has come to its end.
+    installation: Installation | None = None
+
+    def half_installed(self) -> Installation:
+        """Return what a connection that broke in the middle may have left."""
+        found = self.survey
+        return Installation(
+            "", __version__, found.install_path, found.python, None, is_new=found.current is None
+        )
 
 
 class Underway:
@@ -141,27 +161,29 @@ class Adding:
             self.check(body)
             async with self._connected(entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
-                await self._not_held_by_another(entry, connection)
-                async with self._taken_back(entry, tell, purge=not survey.environments):
-                    await self._machines.install(connection, survey, tell, carry=body.carry)
-                    await self._machines.start(connection, entry.install_path, entry.name, tell)
+                begun = Begun(survey, had_agent=await self._answers_already(entry, connection))
+                async with self._taken_back(entry, begun, tell):
+                    begun.installation = await self._machines.install(
+                        connection, survey, tell, carry=body.carry
+                    )
+                    await self._machines.start(connection, survey.install_path, entry.name, tell)
                     node = await self._joined(entry, connection, tell)
                 await fit_engine(node, tell)
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 
-    async def _not_held_by_another(self, entry: NodeEntry, connection: Connection) -> None:
-        """Raise LEASE_SUPERSEDED if another orchestrator holds it: before anything is touched."""
+    async def _answers_already(self, entry: NodeEntry, connection: Connection) -> bool:
+        """Return whether an agent runs there; raise LEASE_SUPERSEDED if another orchestrator holds it."""
         try:
             await ask_capabilities(entry, connection, self._http, self._store)
         except ArrieroError as error:
-            if (
-                error.code is ErrorCode.LEASE_SUPERSEDED
-                and error.details.get("holder") != self._store.holder_id
-            ):
+            holder = error.details.get("holder")
+            if error.code is ErrorCode.LEASE_SUPERSEDED and holder != self._store.holder_id:
                 error.details["suggested_action"] = (
                     "remove it there first, or give another --install-path here: then each has an agent"
                 )
                 raise
+            return False
+        return True
 
     @contextlib.asynccontextmanager
     async def _connected(self, entry: NodeEntry, tell: Tell) -> AsyncIterator[Connection]:
@@ -172,19 +194,23 @@ class Adding:
             await connection.aclose()
 
     @contextlib.asynccontextmanager
-    async def _taken_back(self, entry: NodeEntry, tell: Tell, *, purge: bool) -> AsyncIterator[None]:
-        """Leave nothing there of what failed or was interrupted; `purge`: nothing was there before."""
+    async def _taken_back(self, entry: NodeEntry, begun: Begun, tell: Tell) -> AsyncIterator[None]:
+        """Leave a machine as it was before, if what is done within fails or is interrupted."""
         try:
             yield
         except BaseException as error:
+            is_lost = isinstance(error, ArrieroError) and error.code is ErrorCode.NODE_UNREACHABLE
+            if begun.installation is None and not is_lost:
+                # An installation that failed has taken itself back.
+                raise
             # In a task of its own: whoever asked may be gone already.
-            task = self._group.create_task(self._take_back(entry, tell, purge), name="take-back")
+            task = self._group.create_task(self._take_back(entry, begun, tell), name="take-back")
             left = await asyncio.shield(task)
             if isinstance(error, ArrieroError):
                 error.details["left"] = left
             raise
 
-    async def _take_back(self, entry: NodeEntry, tell: Tell, purge: bool) -> str:
+    async def _take_back(self, entry: NodeEntry, begun: Begun, tell: Tell) -> str:
         name = entry.name
         tell(NodeStep(step="rollback", message=f"takes back what was begun on {name}"))
         try:
@@ -194,7 +220,7 @@ class Adding:
                 # A connection of its own: the other one may be what failed.
                 connection = await self._fabric.connect(address_of(entry))
                 try:
-                    await self._machines.remove(connection, entry.install_path, tell, purge=purge)
+                    await self._undo(begun, connection, tell)
                 finally:
                     await connection.aclose()
         except (ArrieroError, TimeoutError) as error:
@@ -202,9 +228,16 @@ class Adding:
             self._log.error("not taken back", node=name, why=why)
             left = f"something may be left in {entry.install_path} there ({why}): the same command goes on"
         else:
-            left = "nothing is left there"
+            left = "nothing new is left there"
         tell(NodeStep(step="rollback", message=left))
         return left
+
+    async def _undo(self, begun: Begun, connection: Connection, tell: Tell) -> None:
+        installed = begun.installation or begun.half_installed()
+        if installed.is_new:
+            await self._machines.roll_back(connection, installed, tell)
+        elif not begun.had_agent:
+            await self._machines.remove(connection, installed.install_path, tell, purge=False)
 
     async def _joined(self, entry: NodeEntry, connection: Connection, tell: Tell) -> Node:
         """Register a machine whose agent runs, and wait until it is held."""
