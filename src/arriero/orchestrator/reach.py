@@ -42,7 +42,10 @@ class Line:
         self.is_gone = False
 
     async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.  Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED."""
+        """Have an end for the port in a daemon's `url`.
+
+        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        """
         port = Address.of(url, "").port
         if port not in self._ends:
             self._ends[port] = await self.connection.forward(port)
