@@ -146,6 +146,10 @@ class NodeLink:
     async def _drop_when_closed(self, line: Line) -> None:
         why = await line.connection.closed()
         self._log.info("connection gone", node=self._name, why=why)
+        if self._node is not None:
+            # Nothing leads to its workers until the next one: they are no choice meanwhile.
+            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"connection gone: {why}", node=self._node.name)
+            self._registry.unreachable(self._node, gone)
         await self._reach.drop()
 
     async def _find_and_hold(self, line: Line) -> None:

@@ -1,6 +1,8 @@
 """Which nodes are held, and who begins and ends that?  (`Membership`)"""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 import msgspec
 
@@ -87,16 +89,26 @@ class Membership:
 
         return revive
 
-    def is_held(self, name: str) -> bool:
-        """Return whether a registered machine's link runs."""
-        return name in self._tasks
-
     async def let_go(self, name: str) -> None:
         """End the link to a registered machine, and its connection; safe to call twice."""
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
+
+    @contextlib.asynccontextmanager
+    async def without_link(self, name: str) -> AsyncIterator[None]:
+        """Let go of a machine meanwhile.
+
+        Whatever comes of it, also if it is interrupted: a machine that is still registered is held again.
+        """
+        try:
+            await self.let_go(name)
+            yield
+        finally:
+            node = self._registry.find(name)
+            if node is not None and name not in self._tasks:
+                self.hold(node.entry)
 
     async def register(self, entry: NodeEntry) -> Node:
         """Keep a machine and begin to hold it."""
@@ -143,11 +155,9 @@ class Membership:
             address_of(after)
         await self._store.save(after)
         if moved and after != before:
-            await self.let_go(name)
-        node = self._registry.changed_entry(after)
-        if moved and after != before:
-            self.hold(after)
-        return node
+            async with self.without_link(name):
+                return self._registry.changed_entry(after)
+        return self._registry.changed_entry(after)
 
     async def wish_drained(self, name: str, *, is_drained: bool) -> Node:
         """Give a node no new work, or give it work again.  Raises NODE_NOT_FOUND."""

@@ -4,7 +4,9 @@ What lives comes from the agents' event streams and is rebuilt from their snapsh
 there are besides this one is kept on disk (`store.nodes`).
 """
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -69,6 +71,8 @@ class Node:
     #: Why it does not answer, while it does not.
     error: ErrorBody | None = None
     latency_ms: float = 0.0
+    #: It takes no new work for as long as something is done to it.
+    is_paused: bool = False
     downloads: dict[str, DownloadRecord] = field(default_factory=dict)
     #: Its catalog, by reference.
     models: dict[str, ModelRecord] = field(default_factory=dict)
@@ -227,6 +231,21 @@ class NodeRegistry:
         self._tell(NodeChanged(node=node.record()))
         return node
 
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[Node]:
+        """Give a node no new work meanwhile; what a person wishes stays as it is, also if we die.
+
+        Raises NODE_NOT_FOUND.
+        """
+        node = self.node(name)
+        node.is_paused = True
+        self._follow_wish(node)
+        try:
+            yield node
+        finally:
+            node.is_paused = False
+            self._follow_wish(node)
+
     def removed(self, name: str) -> None:
         """Forget a machine, and end what we knew of its workers.  Raises NODE_NOT_FOUND."""
         node = self.node(name)
@@ -324,8 +343,9 @@ class NodeRegistry:
             self._tell(NodeChanged(node=node.record()))
 
     def _follow_wish(self, node: Node) -> None:
-        """Take a node out of the choice, or back, as a person asked for; also after it comes back."""
-        wished = NodeState.DRAINING if node.entry.is_drained else NodeState.READY
+        """Take a node out of the choice, or back, as was asked for; also after it comes back."""
+        takes_none = node.entry.is_drained or node.is_paused
+        wished = NodeState.DRAINING if takes_none else NodeState.READY
         if node.state in (NodeState.READY, NodeState.DRAINING) and node.state is not wished:
             self._step(node, wished)
 

@@ -1,12 +1,17 @@
 """What fails on the way to one node is that node's, and nobody else's."""
 
 import asyncio
-import contextlib
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from arriero.contracts.errors import ErrorCode
+import pytest
+
+from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.events import AgentSnapshot
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.contracts.states import NodeState
+from arriero.fabrics.local import LocalConnection
+from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
 from arriero.orchestrator.nodes import Node, NodeRegistry
@@ -14,6 +19,7 @@ from arriero.orchestrator.reach import Line
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.http import Http
 
 WAIT_S = 10.0
 
@@ -44,21 +50,80 @@ def registered(registry: NodeRegistry, name: str) -> Node:
     return registry.add(NodeEntry(name=name, ssh="u@h", install_path="arr", capabilities=has))
 
 
+class Nobody:
+    """A membership of which nobody is let go."""
+
+    async def let_go(self, name: str) -> None:
+        """Never be asked."""
+        raise AssertionError(name)
+
+
+class GoneConnection(LocalConnection):
+    """One that is lost at once."""
+
+    async def closed(self) -> str:
+        """Tell it."""
+        return "cut"
+
+
+class GoneReach(BrokenReach):
+    """A way to a node that breaks as soon as it is there."""
+
+    def __init__(self, gone: Line) -> None:
+        self._gone = gone
+
+    async def line(self) -> Line:  # type: ignore[override]
+        """Return what is gone."""
+        return self._gone
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Know that nobody can be asked."""
+        fail(ErrorCode.NODE_UNREACHABLE, "the connection is gone")
+
+
+def held(registry: NodeRegistry, name: str, http: Http) -> tuple[Node, Line]:
+    """Return a node that was held until now, and its line, over which nothing leads to it any more."""
+    node = registered(registry, name)
+    line = Line(GoneConnection(SystemEntropy(), Path()), http, holder_id="o-1", lease=1)
+    snapshot = AgentSnapshot(capabilities=node.capabilities, workers=[], downloads=[], worker_tokens={})
+    agent = RunRecord(pid=1, url="http://127.0.0.1:9", version="0.1.0", started=0.0)
+    registry.joined(snapshot, line, agent, name=name)
+    assert node.state is NodeState.READY
+    return node, line
+
+
+async def test_a_node_whose_connection_is_gone_is_no_choice_from_then_on() -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    async with Http() as http, asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        node, line = held(registry, "far", http)
+        link = NodeLink(registry, GoneReach(line), clock, SystemEntropy(), node_timeout_s=60, name="far")
+        task = group.create_task(link.run())
+        while node.state is not NodeState.UNREACHABLE:
+            await registry.changed.wait()
+        task.cancel()
+
+
+@pytest.mark.parametrize("cascades", [False, True])
+async def test_an_orchestrator_leaves_also_when_a_line_has_gone_that_moment(cascades: bool) -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    membership: Any = Nobody()
+    async with Http() as http, asyncio.timeout(WAIT_S):
+        held(registry, "far", http)
+        await leave(Leaving(cascades=cascades), registry, membership, grace_s=1, clock=clock)
+
+
 async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
     clock = SystemClock()
     registry = NodeRegistry(clock, Feed())
     node = registered(registry, "far")
     reach = BrokenReach()
     link = NodeLink(registry, reach, clock, SystemEntropy(), node_timeout_s=60, name="far")
-    task = asyncio.create_task(link.run())
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while node.state is not NodeState.UNREACHABLE:
-                assert not task.done(), "its link has ended"
-                await registry.changed.wait()
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        task = group.create_task(link.run())
+        while node.state is not NodeState.UNREACHABLE:
+            await registry.changed.wait()
         assert node.error is not None and node.error.code == ErrorCode.INTERNAL_ERROR
         assert reach.drops, "the next line is a new one"
-    finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
