@@ -206,6 +206,13 @@ def test_a_name_or_a_machine_that_is_taken(home: Home, remote: Remote) -> None:
     for name in ("far", "box", "other"):
         done = remote.add(home, name, "--json")
         assert done.json["error"]["code"] == "NODE_ALREADY_EXISTS", name
+    spelled = home.run(
+        "nodes", "add", "other", "--ssh", remote.server.target.replace("127.0.0.1", "localhost"),
+        "--key", str(remote.server.key), "--accept-host-key", remote.server.fingerprint(),
+        "--install-path", str(remote.path), "--json",
+    )  # fmt: skip
+    assert spelled.json["error"]["code"] == "NODE_ALREADY_EXISTS", spelled
+    assert spelled.json["error"]["details"]["node"] == "far"
     assert home.run(*COUNT, "--node", "far").code == 0
 
 

@@ -54,9 +54,10 @@ class Line:
         """Close the end of a daemon that is gone.  Safe to call twice."""
         port = Address.of(url, "").port
         end = self._ends.pop(port, None)
+        # The socket first: whoever still has a peer must not begin anew.
+        await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
-        await self.connection.unforward(port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -77,10 +78,11 @@ class Line:
         headers = {FENCE_HEADER: self.fence}
         return self._http.peer(url, token, socket_path=address.socket_path, headers=headers)
 
-    async def forget(self) -> None:
-        """Close what still goes through its ends; the connection itself is somebody else's to close."""
+    async def aclose(self) -> None:
+        """Close the connection, and what still goes through its ends."""
         self.is_gone = True
         ends, self._ends = self._ends, {}
+        await self.connection.aclose()
         for end in ends.values():
             if isinstance(end, SocketPath):
                 await self._http.forget(str(end.path))
@@ -179,8 +181,7 @@ class SshReach:
         self._above = max(self._above, above)
         line, self._line = self._line, None
         if line is not None:
-            await line.forget()
-            await line.connection.aclose()
+            await line.aclose()
 
     async def _connect(self) -> Connection:
         address = address_of(self._entry)

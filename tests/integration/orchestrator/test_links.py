@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentSnapshot
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.contracts.states import NodeState
@@ -127,3 +127,26 @@ async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
         assert node.error is not None and node.error.code == ErrorCode.INTERNAL_ERROR
         assert reach.drops, "the next line is a new one"
         task.cancel()
+
+
+async def test_nothing_begins_anew_towards_a_socket_that_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "end"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, path)
+    async with Http() as http, server:
+        peer = http.peer("http://127.0.0.1:9", socket_path=str(path))
+        await peer.call("GET", "/v1/health")
+        path.unlink()
+        await http.forget(str(path))
+        with pytest.raises(ArrieroError) as caught:
+            await peer.call("GET", "/v1/health")
+        assert caught.value.code is ErrorCode.NODE_UNREACHABLE
+        # Else one session would stay for each socket that ever was.
+        with pytest.raises(FileNotFoundError):
+            http.session(str(path))
