@@ -206,6 +206,8 @@ class NodeLink:
         has = snapshot.capabilities
         if has.api_version != API_VERSION or has.version != __version__:
             name = self._name or has.name
+            if self._node is None:
+                self._node = self._registry.unfit(has)
             raise ArrieroError(
                 ErrorCode.VERSION_MISMATCH,
                 f"the agent of {name} is arriero {has.version}, the orchestrator is {__version__}",

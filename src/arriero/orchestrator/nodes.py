@@ -216,12 +216,17 @@ class NodeRegistry:
     # --- What the agents tell ------------------------------------------------------------
 
     def add(self, entry: NodeEntry) -> Node:
-        """Take a registered machine, whose agent has told nothing yet since our start."""
-        assert entry.capabilities is not None, "a machine is registered after its agent has told of it"
+        """Take a machine that is known, whose agent has told nothing yet since our start."""
+        assert entry.capabilities is not None, "a machine is known after its agent has told of it"
         node = Node(entry.name, entry, entry.capabilities, last_connected_unix=entry.last_connected_unix)
         self._nodes[entry.name] = node
         self._tell(NodeChanged(node=node.record()))
         return node
+
+    def unfit(self, has: Capabilities) -> Node:
+        """Take this machine, whose agent cannot be worked with: it is listed, and tells why."""
+        entry = self.local_entries.get(has.name) or NodeEntry(name=has.name, is_remote=False)
+        return self.add(msgspec.structs.replace(entry, capabilities=has))
 
     def changed_entry(self, entry: NodeEntry) -> Node:
         """Take what a person changed of a machine.  Raises NODE_NOT_FOUND."""

@@ -168,7 +168,11 @@ class SshReach:
         """Return the line that holds, else connect: several attempts run beside each other."""
         if self._line is None:
             connection = await self._connect()
-            lease = await self._leases.next_lease(self._above)
+            try:
+                lease = await self._leases.next_lease(self._above)
+            except BaseException:
+                await connection.aclose()
+                raise
             self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
@@ -205,18 +209,24 @@ class SshReach:
                 running -= 1
                 done.set()
 
-        async with asyncio.TaskGroup() as group:
-            tasks = []
-            while found is None and failed is None:
-                if running < ATTEMPTS_AT_ONCE:
-                    tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
-                waiter = group.create_task(done.wait(), name="connected")
-                tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
-                await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
-                waiter.cancel()
-                tick.cancel()
-            for task in tasks:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = []
+                while found is None and failed is None:
+                    if running < ATTEMPTS_AT_ONCE:
+                        tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
+                    waiter = group.create_task(done.wait(), name="connected")
+                    tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
+                    await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
+                    waiter.cancel()
+                    tick.cancel()
+                for task in tasks:
+                    task.cancel()
+        except BaseException:
+            # Whoever waited is gone in the moment in which it came about.
+            if found is not None:
+                await found.aclose()
+            raise
         if found is None:
             assert failed is not None
             raise failed

@@ -10,12 +10,13 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentSnapshot
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.contracts.states import NodeState
+from arriero.fabrics.base import Connection, NodeAddress
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import Line
+from arriero.orchestrator.reach import Line, SshReach
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
@@ -127,6 +128,46 @@ async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
         assert node.error is not None and node.error.code == ErrorCode.INTERNAL_ERROR
         assert reach.drops, "the next line is a new one"
         task.cancel()
+
+
+class Kept(LocalConnection):
+    """One that tells whether it was closed."""
+
+    is_closed = False
+
+    async def aclose(self) -> None:
+        """Take note."""
+        self.is_closed = True
+
+
+class Slow:
+    """Connects at once; a number for the lease takes for ever."""
+
+    holder_id = "o-1"
+
+    def __init__(self) -> None:
+        self.connection = Kept(SystemEntropy(), Path())
+        self.asked = asyncio.Event()
+
+    async def connect(self, address: NodeAddress) -> Connection:
+        """Return the one connection."""
+        return self.connection
+
+    async def next_lease(self, above: int = 0) -> int:
+        """Never return."""
+        self.asked.set()
+        await asyncio.Event().wait()
+        return 1
+
+
+async def test_a_connection_that_nobody_waits_for_any_more_is_closed() -> None:
+    slow = Slow()
+    entry = NodeEntry(name="far", ssh="u@h", install_path="arr")
+    async with Http() as http, asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        task = group.create_task(SshReach(entry, slow, http, slow, SystemClock()).line())
+        await slow.asked.wait()
+        task.cancel()
+    assert slow.connection.is_closed
 
 
 async def test_nothing_begins_anew_towards_a_socket_that_is_gone(tmp_path: Path) -> None:
