@@ -321,3 +321,15 @@ def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
         upgrading.kill()
     assert home.run("up", "-q").code == 0
     status_is(home, "far", "ready", 40)
+
+
+def test_what_a_machine_told_last_is_known_to_the_next_orchestrator(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run("nodes", "drain", "far", "-q").code == 0
+    before = node(home, "far")
+    assert home.run("down").code == 0
+    remote.server.kill()
+    assert home.run("up", "-q").code == 0
+    after = node(home, "far")
+    assert after["last_connected_unix"] >= before["last_connected_unix"] > 0
+    assert after["is_drained"] and after["version"] == before["version"]
