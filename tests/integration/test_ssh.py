@@ -277,6 +277,32 @@ async def test_a_configuration_that_cannot_be_read(
     assert (await refused(fabric, known(standing))).code is ErrorCode.INVALID_SETTINGS
 
 
+@pytest.mark.parametrize("name", ["config", "known_hosts"])
+async def test_a_file_of_ssh_that_is_no_text(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, name: str
+) -> None:
+    (ssh_dir / name).write_bytes("Host müller\n".encode("latin-1"))
+    error = await refused(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+    assert error.code is ErrorCode.INVALID_SETTINGS
+
+
+async def test_the_folder_of_sockets_is_made_anew_or_missed_aloud(
+    standing: SshServer,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="arr-") as made:
+        folder = Path(made) / "x"
+        fabric = SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=folder)
+        async with connected(fabric, known(standing)) as connection:
+            end = await connection.forward(standing.port)
+            assert isinstance(end, SocketPath) and end.path.is_socket()
+        folder.rmdir()
+        folder.write_text("in the way")
+        async with connected(fabric, known(standing)) as connection:
+            with pytest.raises(ArrieroError) as caught:
+                await connection.forward(standing.port)
+            assert caught.value.code is ErrorCode.STATE_DIR_UNUSABLE
+
+
 # --- Servers that are not there, or go away ------------------------------------------------------
 
 

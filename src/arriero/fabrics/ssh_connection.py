@@ -216,14 +216,22 @@ class SshConnection:
                 return known[0]
             if self._gone.is_told:
                 raise self._lost()
-            if self._own_dir is None:
-                # 0700: nobody else on this machine gets through, and nobody can take its place.
-                self._own_dir = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._sockets_dir))
-            end = SocketPath(self._own_dir / str(remote_port))
-            with self._told(f"port {remote_port} could not be forwarded"):
-                listener = await self._connection.forward_local_path_to_port(
-                    str(end.path), "127.0.0.1", remote_port
-                )
+            try:
+                if self._own_dir is None:
+                    # A folder of the session is taken away when its user logs out, we stay.
+                    self._sockets_dir.mkdir(mode=0o700, exist_ok=True)
+                    # 0700: nobody else on this machine gets through, and nobody can take its place.
+                    self._own_dir = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._sockets_dir))
+                end = SocketPath(self._own_dir / str(remote_port))
+                with self._told(f"port {remote_port} could not be forwarded"):
+                    listener = await self._connection.forward_local_path_to_port(
+                        str(end.path), "127.0.0.1", remote_port
+                    )
+            except OSError as error:
+                raise ArrieroError(
+                    ErrorCode.STATE_DIR_UNUSABLE,
+                    f"no socket can be made here that leads to {self._name}: {reason_of(error)}",
+                ) from error
             self._ends[remote_port] = (end, listener)
             return end
 

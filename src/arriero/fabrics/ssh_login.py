@@ -283,6 +283,10 @@ def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
         )
     if isinstance(error, asyncssh.ConfigParseError):
         return ArrieroError(ErrorCode.INVALID_SETTINGS, f"~/.ssh/config cannot be read: {reason}")
+    if isinstance(error, UnicodeDecodeError):
+        return ArrieroError(
+            ErrorCode.INVALID_SETTINGS, f"~/.ssh/config or known_hosts cannot be read: {reason}"
+        )
     if isinstance(error, asyncssh.Error | OSError):
         return _unreachable(address, reason)
     raise error

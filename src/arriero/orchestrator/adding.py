@@ -24,7 +24,7 @@ from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import address_of, ask_capabilities, connect
+from arriero.orchestrator.reach import address_of, ask_capabilities, connect, read_run_record
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
@@ -55,11 +55,14 @@ class Begun:
 
 
 class Underway:
-    """Which nodes are being added, upgraded or removed now: one thing at a time for each."""
+    """Which nodes and machines are being added, upgraded or removed now: one thing at a time for each."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._changed = Changed()
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     @contextlib.asynccontextmanager
     async def only(self, name: str, what: str, tell: Tell) -> AsyncIterator[None]:
@@ -156,7 +159,11 @@ class Adding:
         NODE_UNREACHABLE, PYTHON_TOO_OLD, INSUFFICIENT_DISK, INSTALL_FAILED…
         """
         entry = self.check(body)
-        async with self._underway.only(entry.name, "added", tell):
+        machine = f"{entry.ssh}:{entry.install_path}"
+        async with (
+            self._underway.only(entry.name, "added", tell),
+            self._underway.only(machine, "added", tell),
+        ):
             # What was begun under this name meanwhile may have come to its end.
             self.check(body)
             async with self._connected(entry, tell) as connection:
@@ -172,7 +179,23 @@ class Adding:
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 
     async def _answers_already(self, entry: NodeEntry, connection: Connection) -> bool:
-        """Return whether an agent runs there; raise LEASE_SUPERSEDED if another orchestrator holds it."""
+        """Return whether an agent runs there.
+
+        Raises NODE_ALREADY_EXISTS if it is one of ours, by another address; LEASE_SUPERSEDED if another
+        orchestrator holds it.
+        """
+        try:
+            record = await read_run_record(entry, connection)
+        except ArrieroError:
+            return False
+        for node in self._registry.nodes():
+            if node.agent == record:
+                fail(
+                    ErrorCode.NODE_ALREADY_EXISTS,
+                    f"{entry.ssh} is in the pool already, as {node.name} ({node.entry.ssh})",
+                    node=node.name,
+                    suggested_action=f"`arriero nodes update {node.name} --ssh {entry.ssh}`, if it moved",
+                )
         try:
             await ask_capabilities(entry, connection, self._http, self._store)
         except ArrieroError as error:

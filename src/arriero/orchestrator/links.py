@@ -36,8 +36,12 @@ _LASTING: Final = frozenset(
         ErrorCode.SSH_HOST_KEY_CHANGED,
         ErrorCode.SSH_HOST_KEY_UNKNOWN,
         ErrorCode.LEASE_SUPERSEDED,
+        ErrorCode.INVALID_SETTINGS,
+        ErrorCode.INTERNAL_ERROR,
     }
 )
+#: It is not the node that fails, but we.
+_OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
 
 #: Has the agent on a node's machine started; raises what keeps it from it.
@@ -91,6 +95,13 @@ class NodeLink:
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
                 except ArrieroError as caught:
                     error = caught
+                except Exception as caught:  # noqa: BLE001  The edge: other nodes' links go on.
+                    error = ArrieroError(ErrorCode.INTERNAL_ERROR, f"its link failed: {caught!r}")
+                    if error.message != told:
+                        self._log.exception("link failed", node=self._name)
+                if error.code in _OUR_OWN:
+                    # Whatever is wrong with this line, the next one is made from the beginning.
+                    await self._reach.drop()
                 if error.code is ErrorCode.NOT_RUNNING and self._name is None:
                     # Nobody ever said that this machine has one.
                     attempt = 0
@@ -135,6 +146,10 @@ class NodeLink:
     async def _drop_when_closed(self, line: Line) -> None:
         why = await line.connection.closed()
         self._log.info("connection gone", node=self._name, why=why)
+        if self._node is not None:
+            # Nothing leads to its workers until the next one: they are no choice meanwhile.
+            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"connection gone: {why}", node=self._node.name)
+            self._registry.unreachable(self._node, gone)
         await self._reach.drop()
 
     async def _find_and_hold(self, line: Line) -> None:
@@ -191,6 +206,8 @@ class NodeLink:
         has = snapshot.capabilities
         if has.api_version != API_VERSION or has.version != __version__:
             name = self._name or has.name
+            if self._node is None:
+                self._node = self._registry.unfit(has)
             raise ArrieroError(
                 ErrorCode.VERSION_MISMATCH,
                 f"the agent of {name} is arriero {has.version}, the orchestrator is {__version__}",

@@ -42,7 +42,10 @@ class Line:
         self.is_gone = False
 
     async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.  Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED."""
+        """Have an end for the port in a daemon's `url`.
+
+        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        """
         port = Address.of(url, "").port
         if port not in self._ends:
             self._ends[port] = await self.connection.forward(port)
@@ -51,9 +54,10 @@ class Line:
         """Close the end of a daemon that is gone.  Safe to call twice."""
         port = Address.of(url, "").port
         end = self._ends.pop(port, None)
+        # The socket first: whoever still has a peer must not begin anew.
+        await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
-        await self.connection.unforward(port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -74,10 +78,11 @@ class Line:
         headers = {FENCE_HEADER: self.fence}
         return self._http.peer(url, token, socket_path=address.socket_path, headers=headers)
 
-    async def forget(self) -> None:
-        """Close what still goes through its ends; the connection itself is somebody else's to close."""
+    async def aclose(self) -> None:
+        """Close the connection, and what still goes through its ends."""
         self.is_gone = True
         ends, self._ends = self._ends, {}
+        await self.connection.aclose()
         for end in ends.values():
             if isinstance(end, SocketPath):
                 await self._http.forget(str(end.path))
@@ -163,7 +168,11 @@ class SshReach:
         """Return the line that holds, else connect: several attempts run beside each other."""
         if self._line is None:
             connection = await self._connect()
-            lease = await self._leases.next_lease(self._above)
+            try:
+                lease = await self._leases.next_lease(self._above)
+            except BaseException:
+                await connection.aclose()
+                raise
             self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
@@ -176,8 +185,7 @@ class SshReach:
         self._above = max(self._above, above)
         line, self._line = self._line, None
         if line is not None:
-            await line.forget()
-            await line.connection.aclose()
+            await line.aclose()
 
     async def _connect(self) -> Connection:
         address = address_of(self._entry)
@@ -201,18 +209,24 @@ class SshReach:
                 running -= 1
                 done.set()
 
-        async with asyncio.TaskGroup() as group:
-            tasks = []
-            while found is None and failed is None:
-                if running < ATTEMPTS_AT_ONCE:
-                    tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
-                waiter = group.create_task(done.wait(), name="connected")
-                tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
-                await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
-                waiter.cancel()
-                tick.cancel()
-            for task in tasks:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = []
+                while found is None and failed is None:
+                    if running < ATTEMPTS_AT_ONCE:
+                        tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
+                    waiter = group.create_task(done.wait(), name="connected")
+                    tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
+                    await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
+                    waiter.cancel()
+                    tick.cancel()
+                for task in tasks:
+                    task.cancel()
+        except BaseException:
+            # Whoever waited is gone in the moment in which it came about.
+            if found is not None:
+                await found.aclose()
+            raise
         if found is None:
             assert failed is not None
             raise failed

@@ -108,7 +108,7 @@ class Scheduler:
         Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
         worker's own error…
         """
-        await self._joined()
+        await self.joined(wants.node)
         for _ in range(CHOICES_MAX):
             lease = self.try_lease(wants)
             if lease is not None:
@@ -151,12 +151,18 @@ class Scheduler:
 
     # --- Waiting -------------------------------------------------------------------------
 
-    async def _joined(self) -> None:
-        """Right after our start, wait for the first node."""
-        while not self._registry.is_ready():
+    async def joined(self, name: str | None) -> None:
+        """Right after our start, wait for the node that is asked for, or for any."""
+        while not self._has_joined(name):
             left_s = self._join_until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
+
+    def _has_joined(self, name: str | None) -> bool:
+        if name is None:
+            return self._registry.is_ready()
+        node = self._registry.find(name)
+        return node is not None and node.state is not NodeState.JOINING
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         job.followers += 1
