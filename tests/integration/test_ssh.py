@@ -1,6 +1,7 @@
 """What goes wrong between here and a machine, played by a real sshd; each fault has its own error."""
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -105,7 +106,7 @@ async def test_no_key_at_all(fabric: SshFabric, standing: SshServer) -> None:
     assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
 
 
-@pytest.mark.parametrize("fault", ["missing", "open", "folder"])
+@pytest.mark.parametrize("fault", ["missing", "open", "folder", "pipe", "nobody"])
 async def test_a_key_file_is_checked_before_anything_is_sent(
     fabric: SshFabric, tmp_path: Path, fault: str
 ) -> None:
@@ -115,6 +116,10 @@ async def test_a_key_file_is_checked_before_anything_is_sent(
         key.chmod(0o640)
     elif fault == "folder":
         key.mkdir()
+    elif fault == "pipe":
+        os.mkfifo(key, 0o600)
+    elif fault == "nobody":
+        key = Path("~nobody-of-that-name/key")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         port = listener.getsockname()[1]
@@ -246,6 +251,15 @@ async def test_a_host_on_the_way(
     assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
     (ssh_dir / "known_hosts").write_text(server.known_hosts_line())
     await works(fabric, address)
+
+
+@pytest.mark.parametrize("command", ["false", "/no/such/program", "sleep 0.05"])
+async def test_a_way_that_ends_before_it_leads_anywhere(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, command: str
+) -> None:
+    (ssh_dir / "config").write_text(f"Host *\n  ProxyCommand {command} %h %p\n")
+    for _ in range(5):
+        assert (await refused(fabric, known(standing))).code is ErrorCode.NODE_UNREACHABLE
 
 
 async def test_the_agent_holds_the_key(

@@ -43,6 +43,10 @@ _LASTING: Final = frozenset(
 #: It is not the node that fails, but we.
 _OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
+#: The share of `node_timeout_s` after which a silent node is missed.  The silence begins with the last
+#: beat, which may have come right before the cut, and its news has to reach whoever asks: so the whole of
+#: it is the most that it takes.
+MISSED_SHARE: Final = 0.95
 
 #: Has the agent on a node's machine started; raises what keeps it from it.
 Revive = Callable[[Line], Awaitable[None]]
@@ -71,6 +75,7 @@ class NodeLink:
         self._clock = clock
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
+        self._missed_s = MISSED_SHARE * node_timeout_s
         self._name = name
         self._revive = revive
         self._log = logs.get("arriero.nodes")
@@ -175,7 +180,7 @@ class NodeLink:
         """Read one agent's events to their end.  Raises NODE_UNREACHABLE, VERSION_MISMATCH…"""
         await line.open(record.url)
         node: Node | None = None
-        events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._node_timeout_s)
+        events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._missed_s)
         try:
             async for event in events:
                 if event.comment is None and event.data:
@@ -245,10 +250,10 @@ class NodeLink:
     async def _watch_silence(self) -> None:
         while True:
             silence_s = self._clock.monotonic_s() - self._last_heard_s
-            if self._node is not None and silence_s >= self._node_timeout_s:
+            if self._node is not None and silence_s >= self._missed_s:
                 silent = ArrieroError(
-                    ErrorCode.NODE_UNREACHABLE, f"silent for {self._node_timeout_s:g} s", node=self._node.name
+                    ErrorCode.NODE_UNREACHABLE, f"silent for {self._missed_s:.3g} s", node=self._node.name
                 )
                 self._registry.unreachable(self._node, self._error or silent)
-            due_s = self._node_timeout_s - silence_s
-            await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._node_timeout_s))
+            due_s = self._missed_s - silence_s
+            await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._missed_s))

@@ -163,6 +163,8 @@ class SshReach:
         self._clock = clock
         self._line: Line | None = None
         self._above = 0
+        self._known: RunRecord | None = None
+        self._is_known_untried = False
 
     async def line(self) -> Line:
         """Return the line that holds, else connect: several attempts run beside each other."""
@@ -174,11 +176,20 @@ class SshReach:
                 await connection.aclose()
                 raise
             self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
+            self._is_known_untried = True
         return self._line
 
     async def agent(self, line: Line) -> RunRecord:
-        """Read the agent's run file there; whether its process lives shows when it is talked to."""
-        return await read_run_record(self._entry, line.connection)
+        """Return how the agent was talked to before, once a line; then read its run file there.
+
+        A cut ends no agent, and from far away the file takes a second.  Whether its process lives shows
+        when it is talked to; the token of one that is gone opens nothing any more.
+        """
+        if self._known is not None and self._is_known_untried:
+            self._is_known_untried = False
+            return self._known
+        self._known = await read_run_record(self._entry, line.connection)
+        return self._known
 
     async def drop(self, above: int = 0) -> None:
         """Close the connection, and with it every stream that went over it."""
