@@ -13,7 +13,6 @@ from pathlib import Path
 
 import asyncssh
 import pytest
-from aiohttp import ClientError, ClientSession, UnixConnector
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import Connection, HostPort, NodeAddress, SocketPath
@@ -239,6 +238,21 @@ async def test_a_name_of_the_configuration(fabric: SshFabric, standing: SshServe
     await works(fabric, NodeAddress("box"))
 
 
+async def test_known_hosts_are_where_the_configuration_says(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path
+) -> None:
+    named = ssh_dir / "hosts of mine"
+    (ssh_dir / "config").write_text(
+        f'Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  UserKnownHostsFile "{named}"\n'
+    )
+    address = NodeAddress("box", key_path=str(standing.key))
+    named.write_text(standing.known_hosts_line())
+    await works(fabric, address)
+    named.write_text("")
+    (ssh_dir / "known_hosts").write_text(standing.known_hosts_line())
+    assert (await refused(fabric, address)).code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+
+
 async def test_a_host_on_the_way(
     fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path
 ) -> None:
@@ -392,15 +406,34 @@ async def test_a_login_that_talks(fabric: SshFabric, tmp_path: Path) -> None:
         await works(fabric, known(server))
 
 
+@pytest.mark.parametrize(
+    ("forced", "said"),
+    [
+        ("echo 'This account is not available.'; exit 1", "This account is not available."),
+        ("echo 'files alone' >&2", "files alone"),
+        ("/bin/false", "it said nothing"),
+    ],
+)
+async def test_a_login_that_runs_no_commands(
+    fabric: SshFabric, tmp_path: Path, forced: str, said: str
+) -> None:
+    with SshServer(tmp_path / "closed", more_config=f"ForceCommand {forced}") as server:
+        async with connected(fabric, known(server)) as connection:
+            with pytest.raises(ArrieroError) as failed:
+                await connection.run(["sh", "-s"], timeout_s=10, may_fail=True)
+            assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
+            assert said in failed.value.message
+            assert "with a shell" in failed.value.details["suggested_action"]
+
+
 async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path) -> None:
     # OpenSSH takes the first word on a matter: the subsystem of this name is another one.
     with SshServer(tmp_path / "few", more_config="AllowTcpForwarding no\nMaxSessions 1") as server:
         async with connected(fabric, known(server)) as connection:
-            end = await connection.forward(server.port)
-            assert isinstance(end, SocketPath)
-            async with ClientSession(connector=UnixConnector(str(end.path))) as client:
-                with pytest.raises(ClientError):
-                    await client.get("http://node/")
+            with pytest.raises(ArrieroError) as failed:
+                await connection.forward(server.port)
+            assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
+            assert "AllowTcpForwarding yes" in failed.value.details["suggested_action"]
             await connection.run(["true"], timeout_s=10)
 
 

@@ -100,6 +100,10 @@ def run(arguments: Sequence[str]) -> int:
         code = Exit.INTERRUPTED
     except Terminated as stopped:
         code = 128 + stopped.number
+    except click.exceptions.NoArgsIsHelpError as failure:
+        # A group that was given no command: its help is laid out as it is, not one message.
+        _tell_help(failure, as_json=as_json)
+        code = failure.exit_code
     except click.ClickException as failure:
         _tell_usage(failure, as_json=as_json)
         code = failure.exit_code
@@ -127,6 +131,15 @@ def _invoke(arguments: Sequence[str]) -> int:
     with cli.make_context("arriero", list(arguments)) as context:
         result = cli.invoke(context)
     return result if isinstance(result, int) else Exit.OK
+
+
+def _tell_help(failure: click.exceptions.NoArgsIsHelpError, *, as_json: bool) -> None:
+    if as_json:
+        context: Any = failure.ctx
+        message = f"give one of the commands of `{context.command_path}`"
+        render.data(ErrorResponse(ErrorBody(ErrorCode.INVALID_REQUEST, message)))
+    else:
+        render.note(failure.format_message())
 
 
 def _tell_usage(failure: click.ClickException, *, as_json: bool) -> None:

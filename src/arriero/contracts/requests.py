@@ -1,6 +1,7 @@
 """Which bodies do the routes take?  Unknown fields are refused on our own routes, kept on OpenAI's."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -57,8 +58,10 @@ class InferenceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     queue: bool = True
 
 
-Label = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._/-]{0,62}\Z")]
-LabelValue = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._/-]{0,63}\Z")]
+LABEL: Final = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._/-]{0,62}\Z")
+LABEL_VALUE: Final = re.compile(r"\A[A-Za-z0-9._/-]{0,63}\Z")
+Label = Annotated[str, msgspec.Meta(pattern=LABEL.pattern)]
+LabelValue = Annotated[str, msgspec.Meta(pattern=LABEL_VALUE.pattern)]
 Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
 
 

@@ -69,18 +69,24 @@ class NodeAddress:
         if key_path is not None and not (
             0 < len(key_path) <= KEY_PATH_LENGTH_MAX and key_path.isprintable() and key_path[0] in "/~."
         ):
-            _refuse(key_path, "the key's path begins with none of / ~ . or cannot be printed")
+            _refuse_part(
+                key_path, "is no private key's path: it begins with none of / ~ . or is not printable"
+            )
         if self.host_key is not None and not _FINGERPRINT.fullmatch(self.host_key):
-            _refuse(self.host_key, "the host key's fingerprint is not SHA256: and 43 characters")
+            _refuse_part(
+                self.host_key,
+                "is no fingerprint of a host key: SHA256: and 43 letters, digits, + and /, as "
+                "`ssh-keygen -l` prints it",
+            )
         if (
             not _INSTALL_PATH.fullmatch(self.install_path)
             or len(self.install_path) > INSTALL_PATH_LENGTH_MAX
             or {".", ".."} & set(self.install_path.split("/"))
         ):
-            _refuse(
+            _refuse_part(
                 self.install_path,
-                "the install path is not of letters, digits and ._+- between slashes, "
-                f"at most {INSTALL_PATH_LENGTH_MAX} long",
+                "is no install path: letters, digits and ._+- between slashes, at most "
+                f"{INSTALL_PATH_LENGTH_MAX}; without a slash at its beginning it lies below the home there",
             )
 
     def __str__(self) -> str:
@@ -123,9 +129,17 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
-def _refuse(text: str, why: str) -> NoReturn:
+def _shown(text: str) -> str:
     # Percent signs for all that could turn a terminal's line around.
-    shown = "".join(c if " " < c <= "~" else quote(c, safe="", errors="backslashreplace") for c in text[:80])
+    return "".join(c if " " <= c <= "~" else quote(c, safe="", errors="backslashreplace") for c in text[:80])
+
+
+def _refuse_part(text: str, why: str) -> NoReturn:
+    fail(ErrorCode.INVALID_REQUEST, f"'{_shown(text)}' {why}")
+
+
+def _refuse(text: str, why: str) -> NoReturn:
+    shown = _shown(text)
     fail(
         ErrorCode.INVALID_REQUEST,
         f"'{shown}' is no address of a machine: {why}. Accepted: {ACCEPTED_FORMS}",

@@ -37,13 +37,33 @@ class Kept:
         return bytes(self._content)
 
 
+def _printable(said: bytes) -> str:
+    told = said[-TOLD_BYTES_MAX:].decode("utf-8", "replace").strip()
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in told)
+
+
+def not_begun(machine: str, argv: Sequence[str], completed: Completed, before: bytes) -> ArrieroError:
+    """Return what is told of a command that the machine's login shell did not start."""
+    told = _printable(completed.stderr) or _printable(before)
+    said = f"it says: {told.splitlines()[-1][:200]}" if told else "it said nothing"
+    return ArrieroError(
+        ErrorCode.SSH_COMMAND_FAILED,
+        f"{machine} runs no commands for that user: {said}",
+        machine=machine,
+        program=argv[0],
+        exit_code=completed.exit_code,
+        stderr=told,
+        suggested_action="log in as a user with a shell: neither nologin nor a ForceCommand, nor a command= "
+        "in its authorized_keys",
+    )
+
+
 def checked(machine: str, argv: Sequence[str], completed: Completed, *, may_fail: bool) -> Completed:
     """Return `completed`.  Raises SSH_COMMAND_FAILED if it failed and may not."""
     if completed.exit_code == 0 or may_fail:
         return completed
     # Of argv the program alone: what else is in it may be a path, and is long.
-    told = completed.stderr[-TOLD_BYTES_MAX:].decode("utf-8", "replace").strip()
-    told = "".join(c if c.isprintable() or c == "\n" else " " for c in told)
+    told = _printable(completed.stderr)
     last = told.splitlines()[-1] if told else "it said nothing"
     raise ArrieroError(
         ErrorCode.SSH_COMMAND_FAILED,

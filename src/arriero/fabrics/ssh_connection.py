@@ -14,7 +14,7 @@ import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, LocalEnd, SocketPath
-from arriero.fabrics.outcome import Kept, checked, not_ended
+from arriero.fabrics.outcome import Kept, checked, not_begun, not_ended
 from arriero.fabrics.quoting import PID_MARK, command_line
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.processes import exit_code_of
@@ -31,7 +31,8 @@ done
 kill -s KILL -- "-$1"
 """
 END_TIMEOUT_S: Final = 3.0
-PID_LINE_BYTES_MAX: Final = 64
+#: More than the line with the process id is long, and enough of what was said instead of it.
+BEFORE_BYTES_MAX: Final = 512
 # Not 0, not 1: to those a signal for a process group goes to ourselves, or to everybody.
 _PID_LINE: Final = re.compile(rb"%s([2-9]|[1-9][0-9]{1,18})\n" % PID_MARK.encode())
 #: A file transfer may take any time, but no step of it this long.
@@ -107,6 +108,7 @@ class SshConnection:
         self._ends: dict[int, tuple[SocketPath, asyncssh.SSHListener]] = {}
         self._exposed: dict[LocalEnd, asyncssh.SSHListener] = {}
         self._forwarding = asyncio.Lock()
+        self._are_ports_let = False
         self._sessions = asyncio.Semaphore(SESSIONS_MAX)
 
     # --- Commands ------------------------------------------------------------------------
@@ -133,6 +135,8 @@ class SshConnection:
             raise not_ended(self._name, argv, timeout_s) from error
         if completed is None:
             raise self._lost()
+        if command.pid is None:
+            raise not_begun(self._name, argv, completed, command.before)
         return checked(self._name, argv, completed, may_fail=may_fail)
 
     @contextlib.asynccontextmanager
@@ -216,6 +220,7 @@ class SshConnection:
                 return known[0]
             if self._gone.is_told:
                 raise self._lost()
+            await self._check_ports(remote_port)
             try:
                 if self._own_dir is None:
                     # A folder of the session is taken away when its user logs out, we stay.
@@ -234,6 +239,30 @@ class SshConnection:
                 ) from error
             self._ends[remote_port] = (end, listener)
             return end
+
+    async def _check_ports(self, remote_port: int) -> None:
+        """Know, once a connection, that channels to ports are let through: an end opens in any case."""
+        if self._are_ports_let:
+            return
+        try:
+            with self._told(f"port {remote_port} could not be forwarded"):
+                async with asyncio.timeout(STALL_S):
+                    _, writer = await self._connection.open_connection(
+                        "127.0.0.1", remote_port, encoding=None
+                    )
+            writer.close()
+        except ArrieroError as error:
+            cause = error.__cause__
+            if not isinstance(cause, asyncssh.ChannelOpenError):
+                raise
+            if cause.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
+                error.details["suggested_action"] = (
+                    "its sshd refuses channels to ports: set 'AllowTcpForwarding yes' in its sshd_config, "
+                    "and let no PermitOpen stand in the way"
+                )
+                raise
+            # Nothing listens there just now: that is for those to see who connect to it.
+        self._are_ports_let = True
 
     async def unforward(self, remote_port: int) -> None:
         """Close a port's local end; connections that are open stay.  Safe to call twice."""
@@ -371,6 +400,8 @@ class _Command:
         self.process = process
         #: Of its process group; None until it has started.
         self.pid: int | None = None
+        #: The end of what was said before it started.
+        self.before = b""
         self._stdout = Kept(output_bytes_max)
         self._stderr = Kept(output_bytes_max, is_end=True)
 
@@ -399,17 +430,16 @@ class _Command:
 
     async def _keep_output(self) -> None:
         # What a login shell's own start says comes before the mark; none of it is the command's.
-        before = b""
         with contextlib.suppress(asyncssh.Error, OSError):
             while chunk := await self.process.stdout.read(65_536):
                 if self.pid is not None:
                     self._stdout.feed(chunk)
                     continue
-                before = before[-PID_LINE_BYTES_MAX:] + chunk
-                found = _PID_LINE.search(before)
+                self.before = self.before[-BEFORE_BYTES_MAX:] + chunk
+                found = _PID_LINE.search(self.before)
                 if found is not None:
                     self.pid = int(found[1])
-                    self._stdout.feed(before[found.end() :])
+                    self._stdout.feed(self.before[found.end() :])
 
     async def _keep_errors(self) -> None:
         with contextlib.suppress(asyncssh.Error, OSError):

@@ -101,7 +101,8 @@ class _Trust:
         self.known_hosts: Any = _NO_KNOWN_HOSTS
         self._preferred: list[str] = []
         if self.pinned is None:
-            options = asyncssh.SSHClientConnectionOptions(**_target(address), client_keys=None)
+            # Told so: unlike connecting, this reads the user's configuration only when it is asked to.
+            options = asyncssh.SSHClientConnectionOptions(config=(), **_target(address), client_keys=None)
             self.known_hosts = _known_hosts(options.known_hosts)
             keys, authorities = self._match(options.host_key_alias or options.host, "", options.port)
             certificates = [f"{name}-cert-v01@openssh.com" for kind in KINDS for name in KINDS[kind]]
@@ -245,13 +246,18 @@ def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) ->
     )
 
 
+def _command(address: NodeAddress) -> str:
+    """Return what a person types to try the same."""
+    port = f"-p {address.port} " if address.port is not None else ""
+    return f"ssh {port}{address.user + '@' if address.user else ''}{address.host}"
+
+
 def _unreachable(address: NodeAddress, why: str) -> ArrieroError:
     return ArrieroError(
         ErrorCode.NODE_UNREACHABLE,
         f"{address} cannot be reached by SSH: {why}",
         address=str(address),
-        suggested_action=f"try `ssh {address.user + '@' if address.user else ''}{address.host}`; "
-        "check the address, the port and that sshd runs there",
+        suggested_action=f"try `{_command(address)}`; check the address, the port and that sshd runs there",
     )
 
 
@@ -263,7 +269,7 @@ def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
             ErrorCode.SSH_HOST_KEY_UNKNOWN,
             f"a host key on the way to {address} is not accepted: {reason}",
             address=str(address),
-            suggested_action=f"try `ssh {address.host}`: it tells which host, and accepts its key",
+            suggested_action=f"try `{_command(address)}`: it tells which host, and accepts its key",
         )
     # OpenSSH ends a login after too many keys with a protocol error, of which only the text tells.
     if isinstance(error, asyncssh.PermissionDenied) or "authentication failures" in reason:

@@ -35,6 +35,8 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
+#: Whether ports of a machine can be spoken to does not depend on which.
+ANY_PORT: Final = 9
 
 
 @dataclass(slots=True)
@@ -130,7 +132,9 @@ class Adding:
                 ErrorCode.NODE_ALREADY_EXISTS,
                 f"a node is called {body.name!r} already{at}",
                 node=body.name,
-                suggested_action=f"choose another name, or `arriero nodes remove {body.name}` first",
+                suggested_action=f"choose another name, or `arriero nodes remove {body.name}` first"
+                if known.entry.is_remote
+                else "choose another name; this machine's own is the setting node_name",
             )
         for node in self._registry.nodes():
             entry = node.entry
@@ -168,6 +172,9 @@ class Adding:
             self.check(body)
             async with self._connected(entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
+                # Before anything is put there.
+                await connection.forward(ANY_PORT)
+                await connection.unforward(ANY_PORT)
                 begun = Begun(survey, had_agent=await self._answers_already(entry, connection))
                 async with self._taken_back(entry, begun, tell):
                     begun.installation = await self._machines.install(
@@ -181,23 +188,12 @@ class Adding:
     async def _answers_already(self, entry: NodeEntry, connection: Connection) -> bool:
         """Return whether an agent runs there.
 
-        Raises NODE_ALREADY_EXISTS if it is one of ours, by another address; LEASE_SUPERSEDED if another
-        orchestrator holds it.
+        Raises LEASE_SUPERSEDED if another orchestrator holds it, NODE_ALREADY_EXISTS if we do, for a node
+        that is reached by another address: two of our links would take it from each other for ever.
         """
         try:
+            there = await ask_capabilities(entry, connection, self._http, self._store)
             record = await read_run_record(entry, connection)
-        except ArrieroError:
-            return False
-        for node in self._registry.nodes():
-            if node.agent == record:
-                fail(
-                    ErrorCode.NODE_ALREADY_EXISTS,
-                    f"{entry.ssh} is in the pool already, as {node.name} ({node.entry.ssh})",
-                    node=node.name,
-                    suggested_action=f"`arriero nodes update {node.name} --ssh {entry.ssh}`, if it moved",
-                )
-        try:
-            await ask_capabilities(entry, connection, self._http, self._store)
         except ArrieroError as error:
             holder = error.details.get("holder")
             if error.code is ErrorCode.LEASE_SUPERSEDED and holder != self._store.holder_id:
@@ -206,6 +202,17 @@ class Adding:
                 )
                 raise
             return False
+        for node in self._registry.nodes():
+            is_held_there = node.agent is not None and node.agent.token == record.token
+            # A node that was not reached since our own start is known by the name that its agent bears.
+            if is_held_there or (node.agent is None and node.entry.is_remote and node.name == there.name):
+                fail(
+                    ErrorCode.NODE_ALREADY_EXISTS,
+                    f"{entry.ssh} with its {entry.install_path} is in the pool already, as {node.name}",
+                    node=node.name,
+                    suggested_action=f"`arriero nodes update {node.name} --ssh {entry.ssh}` has it "
+                    "reached by this address",
+                )
         return True
 
     @contextlib.asynccontextmanager
@@ -231,6 +238,10 @@ class Adding:
             left = await asyncio.shield(task)
             if isinstance(error, ArrieroError):
                 error.details["left"] = left
+                # No node is called so by now: what there is to look at is the machine.
+                error.details.setdefault(
+                    "suggested_action", "give the same command again once that is mended"
+                )
             raise
 
     async def _take_back(self, entry: NodeEntry, begun: Begun, tell: Tell) -> str:

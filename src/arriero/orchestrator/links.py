@@ -21,6 +21,7 @@ from arriero.orchestrator.reach import Line, Reach
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
+from arriero.runtime.http import error_of
 
 LOOK_EVERY_S: Final = 0.1
 RETRY_S_MAX: Final = 1.0
@@ -183,6 +184,9 @@ class NodeLink:
         events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._missed_s)
         try:
             async for event in events:
+                if event.event == "error":
+                    # The agent's last word on this stream, such as LEASE_SUPERSEDED.
+                    raise error_of(200, event.data.encode())
                 if event.comment is None and event.data:
                     node = await self._take(event.data, node, line, record)
                 self._last_heard_s = self._clock.monotonic_s()

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -14,7 +15,7 @@ from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.events import NodeDone, NodeStep
 from arriero.contracts.records import NodeRecord
-from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
+from arriero.contracts.requests import LABEL, LABEL_VALUE, NodeAddBody, NodeUpdateBody
 from arriero.contracts.states import NodeState
 
 _EXAMPLES: Final = ("arriero nodes add workstation --ssh ana@workstation", "arriero nodes list")
@@ -110,7 +111,7 @@ def add(
     body = NodeAddBody(
         name=name,
         ssh=ssh,
-        key_path=key_path,
+        key_path=_key(key_path),
         accept_host_key=accept_host_key,
         install_path=install_path,
         labels=_labels(labels),
@@ -292,7 +293,7 @@ def update(
     """Change what is kept of a machine; `--label KEY=` takes a label away, `--mac ""` the address."""
     body = NodeUpdateBody(
         ssh=ssh,
-        key_path=key_path,
+        key_path=_key(key_path),
         accept_host_key=accept_host_key,
         labels=_labels(labels),
         mac="" if mac == "" else _mac(mac),
@@ -302,6 +303,8 @@ def update(
     record = options.orchestrator().update_node(name, body)
     if as_json:
         render.data(record)
+    else:
+        render.note(f"[orchestrator] {name} is changed")
     return Exit.OK
 
 
@@ -334,6 +337,8 @@ def undrain(*, name: str, as_json: bool) -> int:
     record = options.orchestrator().undrain_node(name)
     if as_json:
         render.data(record)
+    else:
+        render.note(f"[orchestrator] {name} takes work again")
     return Exit.OK
 
 
@@ -353,6 +358,8 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
     client = options.orchestrator()
     names = [name] if name is not None else [node.name for node in client.nodes() if node.is_remote]
     narrator = Narrator(is_quiet=quiet)
+    if not names:
+        narrator.say("orchestrator", "no machine behind SSH is in the pool: there is nothing to upgrade")
     done: list[NodeDone] = []
     failed: list[tuple[str, ArrieroError]] = []
     with terminable():
@@ -383,7 +390,13 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
 @options.quiet_option
 @options.json_option
 def remove(*, name: str, purge: bool, force: bool, quiet: bool, as_json: bool) -> int:
-    """Stop what was started on a machine, and forget it."""
+    """Stop what was started on a machine, and forget it.
+
+    Models and installation stay there without --purge.  A machine that cannot be reached is kept, without
+    --force.
+
+    Exit codes: 0 it is no part of the pool any more, 1 error: it still is.
+    """
     return _work(
         lambda client, on_step: client.remove_node(name, on_step, purge=purge, force=force),
         quiet=quiet,
@@ -437,8 +450,21 @@ def _labels(given: Sequence[str]) -> dict[str, str]:
         key, equals, value = label.partition("=")
         if not equals or not key:
             raise options.refuse(f"--label {label[:80]!r}: give it as KEY=VALUE", param="label")
+        if not LABEL.fullmatch(key) or not LABEL_VALUE.fullmatch(value):
+            raise options.refuse(
+                f"--label {label[:160]!r}: KEY is of letters, digits and ._/-, beginning with a letter or "
+                "digit, 63 at most; VALUE of the same, or empty",
+                param="label",
+            )
         found[key] = value
     return found
+
+
+def _key(given: str | None) -> str | None:
+    """Return the key's path as the orchestrator finds it, whose working folder is another one."""
+    if not given or given.startswith(("/", "~")):
+        return given
+    return str(Path.cwd() / given)
 
 
 def _mac(given: str | None) -> str | None:

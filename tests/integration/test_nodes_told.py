@@ -1,0 +1,122 @@
+"""What does a person read who gives `arriero nodes` something that it cannot use?  By commands alone."""
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.home import Home, until
+from tests.support.remote import Remote
+
+from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.testing.sshd import sshd_path
+
+pytestmark = [
+    # A machine comes up and down, on one that may be busy.
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
+]
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    with Home() as made:
+        yield made
+        made.run("down")
+
+
+def shown(home: Home) -> dict[str, Any]:
+    found: dict[str, Any] = home.run("nodes", "show", "far", "--json").json
+    return found
+
+
+@contextlib.contextmanager
+def taken_over(remote: Remote) -> Iterator[None]:
+    """Hold a node's events under a larger number of its own holder."""
+    record = remote.run_record()
+
+    def events(fence: Fence) -> Any:
+        headers = {"Authorization": f"Bearer {record['token']}", FENCE_HEADER: str(fence)}
+        return urllib.request.urlopen(
+            urllib.request.Request(f"{record['url']}/v1/events", headers=headers), timeout=10
+        )
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        events(Fence("0" * 16, 1))
+    lease = json.load(refused.value)["error"]["details"]
+    with events(Fence(lease["holder"], lease["number"] + 1)):
+        yield
+
+
+def test_a_group_without_a_command_shows_its_help_as_it_is_laid_out(home: Home) -> None:
+    done = home.run("nodes")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("Usage: arriero nodes [OPTIONS] COMMAND"), done
+    assert "\n  add " in done.err and "error:" not in done.err
+    told = home.run("nodes", "--json")
+    assert told.code == 2
+
+
+@pytest.mark.parametrize(
+    "label", ["room", "=attic", "ro om=attic", "größe=ja", "a=$(touch x)", "a=" + "b" * 64]
+)
+def test_a_label_is_refused_in_the_words_of_the_command(home: Home, label: str) -> None:
+    done = home.run("nodes", "update", "far", "--label", label, "--json")
+    error = done.json["error"]
+    assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
+    assert error["message"].startswith("--label ") and "KEY" in error["message"]
+
+
+def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
+    for words, told in (
+        (("--accept-host-key", "SHA256:xyz"), "'SHA256:xyz' is no fingerprint of a host key"),
+        (("--install-path", "my files"), "'my files' is no install path"),
+    ):
+        done = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", *words, "--json")
+        error = done.json["error"]
+        assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
+        assert error["message"].startswith(told), error
+    closed = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
+    assert "`ssh -p 9 ana@127.0.0.1`" in closed["details"]["suggested_action"], closed
+    own = home.run("nodes", "add", "box", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
+    assert own["code"] == "NODE_ALREADY_EXISTS" and "remove" not in own["details"]["suggested_action"]
+
+
+def test_a_machine_is_one_node_by_whatever_address(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Remote(tmp_path / "far") as remote:
+        remote.prepare()
+        # The key's path begins where the command does, not where the orchestrator does.
+        monkeypatch.chdir(tmp_path)
+        server = remote.server
+        given = (
+            "--key", "far/key", "--accept-host-key", server.fingerprint(), "--install-path", str(remote.path),
+        )  # fmt: skip
+        joined = home.run("nodes", "add", "far", "--ssh", server.target, *given, "--json")
+        assert joined.code == 0, joined
+        assert joined.json["key_path"] == str(tmp_path / "far/key")
+        lease = joined.json["lease"]
+        again = home.run("nodes", "add", "near", "--ssh", f"localhost:{server.port}", *given, "--json")
+        error = again.json["error"]
+        assert error["code"] == "NODE_ALREADY_EXISTS", again
+        assert "as far" in error["message"]
+        assert "nodes update far --ssh localhost" in error["details"]["suggested_action"]
+        assert (shown(home)["status"], shown(home)["lease"]) == ("ready", lease)
+        with taken_over(remote):
+            # A newer stream of its own holder has the node: that is told, and no mismatch of versions.
+            until(
+                "the reason is told",
+                lambda: (error := shown(home)["error"]) and error["code"] == "LEASE_SUPERSEDED",
+            )
+        until("it is held again", lambda: shown(home)["status"] == "ready")
+        assert (
+            home.run("nodes", "update", "far", "--label", "room=attic").err
+            == "[orchestrator] far is changed\n"
+        )
+        home.run("nodes", "drain", "far")
+        assert home.run("nodes", "undrain", "far").err == "[orchestrator] far takes work again\n"
