@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.support import cli
 from tests.support.home import Home, until
 from tests.support.hub import HubProcess
-from tests.support.remote import Remote, other_version
+from tests.support.remote import PACKAGE, Remote, other_version
 
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
@@ -333,3 +334,36 @@ def test_what_a_machine_told_last_is_known_to_the_next_orchestrator(home: Home, 
     after = node(home, "far")
     assert after["last_connected_unix"] >= before["last_connected_unix"] > 0
     assert after["is_drained"] and after["version"] == before["version"]
+
+
+def test_an_upgrade_that_does_not_do_goes_back(home: Home, remote: Remote, tmp_path: Path) -> None:
+    added(home, remote)
+    before = (remote.path / "current").readlink()
+    assert home.run("down").code == 0
+    newer = other_version(tmp_path / "newer", "0.2.0")
+    tag = remote.prepare(newer)
+    # What is installed as the new version starts, and is the old one.
+    (pointer,) = (remote.path / "envs" / tag).glob("lib/*/site-packages/here.pth")
+    pointer.write_text(pointer.read_text().replace(str(newer), str(PACKAGE.parent)))
+    new = {"PYTHONPATH": str(newer)}
+    assert home.run("up", "-q", **new).code == 0
+    done = home.run("nodes", "upgrade", "far", "--json", **new)
+    assert done.json["error"]["code"] == "VERSION_MISMATCH", done
+    assert "runs again" in done.json["error"]["details"]["left"]
+    assert (remote.path / "current").readlink().name == before.name
+    assert not (remote.path / "envs" / tag).exists()
+    until("the old one is held, and refused", lambda: node(home, "far")["error"])
+    assert node(home, "far")["error"]["code"] == "VERSION_MISMATCH"
+    assert str(before.name) in " ".join(psutil.Process(remote.run_record()["pid"]).cmdline())
+
+
+def test_a_machine_that_cannot_be_reached_is_removed_only_by_force(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    remote.server.kill()
+    refused = home.run("nodes", "remove", "far", "--json")
+    assert refused.json["error"]["code"] == "NODE_UNREACHABLE", refused
+    assert "--force" in refused.json["error"]["details"]["suggested_action"]
+    assert node(home, "far")["name"] == "far"
+    forced = home.run("nodes", "remove", "far", "--force")
+    assert forced.code == 0 and "is left" in forced.err + forced.out, forced
+    assert [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]] == ["box"]

@@ -129,13 +129,15 @@ class Membership:
             await asyncio.wait([task])
 
     @contextlib.asynccontextmanager
-    async def without_link(self, name: str) -> AsyncIterator[None]:
-        """Let go of a machine meanwhile.
+    async def without_link(self, name: str, what: str) -> AsyncIterator[None]:
+        """Let go of a machine meanwhile; `what` is done to it.
 
         Whatever comes of it, also if it is interrupted: a machine that is still registered is held again.
         """
         try:
             await self.let_go(name)
+            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{name} is {what}", node=name)
+            self._registry.unreachable(self._registry.node(name), gone)
             yield
         finally:
             node = self._registry.find(name)
@@ -192,9 +194,7 @@ class Membership:
             address_of(after)
         await self._store.save(after)
         if moved and after != before:
-            async with self.without_link(name):
-                gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{name} is connected anew", node=name)
-                self._registry.unreachable(self._registry.node(name), gone)
+            async with self.without_link(name, "connected anew"):
                 return self._registry.changed_entry(after)
         return self._registry.changed_entry(after)
 

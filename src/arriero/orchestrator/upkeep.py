@@ -103,7 +103,7 @@ class Upkeep:
                         return NodeDone(message=message, node=node.record())
                     with contextlib.suppress(ArrieroError):
                         await self._drained(node, tell, wait_s)
-                    async with self._membership.without_link(name):
+                    async with self._membership.without_link(name, "upgraded"):
                         await self._restart(entry, connection, installed, tell)
                     await self._held(node)
                     # A build that was there may have been for the engine's version before.
@@ -161,14 +161,17 @@ class Upkeep:
         async with self._underway.only(name, "removed", tell):
             left = "" if purge else f"; models and environment stay in {entry.install_path} there"
             try:
-                async with self._connected(entry, tell) as connection, self._membership.without_link(name):
+                async with (
+                    self._connected(entry, tell) as connection,
+                    self._membership.without_link(name, "removed"),
+                ):
                     await self._machines.remove(connection, entry.install_path, tell, purge=purge)
                     await self._membership.forget(name)
             except ArrieroError as error:
                 if not force:
-                    error.details.setdefault(
-                        "suggested_action", f"`arriero nodes remove {name} --force` forgets it all the same"
-                    )
+                    forget = f"`arriero nodes remove {name} --force` forgets it all the same"
+                    said = error.details.get("suggested_action")
+                    error.details["suggested_action"] = f"{said}; {forget}" if said else forget
                     raise
                 left = f"; what runs and lies in {entry.install_path} there is left ({error.message})"
                 tell(NodeStep(step="clean", message=f"not cleaned up: {error.message}"))
