@@ -32,7 +32,8 @@ kill -s KILL -- "-$1"
 """
 END_TIMEOUT_S: Final = 3.0
 PID_LINE_BYTES_MAX: Final = 64
-_PID_LINE: Final = re.compile(rb"%s([0-9]{1,19})\n" % PID_MARK.encode())
+# Not 0, not 1: to those a signal for a process group goes to ourselves, or to everybody.
+_PID_LINE: Final = re.compile(rb"%s([2-9]|[1-9][0-9]{1,18})\n" % PID_MARK.encode())
 #: A file transfer may take any time, but no step of it this long.
 STALL_S: Final = 30.0
 LOOK_TIMEOUT_S: Final = 10.0

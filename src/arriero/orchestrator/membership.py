@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
 from arriero.contracts.requests import NodeUpdateBody
 from arriero.fabrics.base import Fabric
@@ -144,6 +144,8 @@ class Membership:
         await self._store.save(after)
         if moved and after != before:
             await self.let_go(name)
+            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{name} is connected anew", node=name)
+            self._registry.unreachable(self._registry.node(name), gone)
         node = self._registry.changed_entry(after)
         if moved and after != before:
             self.hold(after)
