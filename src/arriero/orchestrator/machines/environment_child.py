@@ -203,6 +203,10 @@ def remove_all(root: Path) -> None:
             Path(folder).rmdir()
         except OSError:
             break
+    # Where the user's daemons have their sockets; others may have some there.
+    for base in {os.environ.get("XDG_RUNTIME_DIR") or "/tmp", "/tmp"}:
+        with contextlib.suppress(OSError):
+            (Path(base) / f"arriero-{os.getuid()}").rmdir()
 
 
 ACTIONS: dict[str, Any] = {
