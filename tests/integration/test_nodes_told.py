@@ -120,3 +120,16 @@ def test_a_machine_is_one_node_by_whatever_address(
         )
         home.run("nodes", "drain", "far")
         assert home.run("nodes", "undrain", "far").err == "[orchestrator] far takes work again\n"
+        # A command that starts the next orchestrator waits until the machine that it names has joined.
+        home.kill(home.pid("orchestrator"))
+        for way in (("--node", "far"), ("--label", "room=attic")):
+            answer = home.run("infer", "--model", "demo", "--temperature", "0", *way, "Count from 5 to 7.")
+            assert (answer.code, answer.out.strip()) == (0, "5 6 7"), answer
+            home.kill(home.pid("orchestrator"))
+        assert home.run("up", "-q").code == 0
+        server.kill()
+        kept = home.run("nodes", "remove", "far", "--json").json["error"]
+        assert kept["code"] == "NODE_UNREACHABLE"
+        assert "nodes remove far --force" in kept["details"]["suggested_action"]
+        assert home.run("nodes", "remove", "far", "--force", "-q").code == 0
+        assert "nothing to upgrade" in home.run("nodes", "upgrade", "--all").err

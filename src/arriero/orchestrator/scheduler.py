@@ -108,7 +108,7 @@ class Scheduler:
         Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
         worker's own error…
         """
-        await self._joined()
+        await self._joined(wants)
         for _ in range(CHOICES_MAX):
             lease = self.try_lease(wants)
             if lease is not None:
@@ -151,12 +151,21 @@ class Scheduler:
 
     # --- Waiting -------------------------------------------------------------------------
 
-    async def _joined(self) -> None:
-        """Right after our start, wait for the first node."""
-        while not self._registry.is_ready():
+    async def _joined(self, wants: Wants) -> None:
+        """Right after our start, wait for the first node that is meant."""
+        while not self._is_joined(wants):
             left_s = self._join_until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
+
+    def _is_joined(self, wants: Wants) -> bool:
+        meant = [
+            node.state
+            for node in self._registry.nodes()
+            if wants.node in (None, node.name) and set(wants.labels) <= set(node.entry.labels.items())
+        ]
+        # Registered machines are connected to one by one: others being ready says nothing of these.
+        return NodeState.READY in meant or (self._registry.is_ready() and NodeState.JOINING not in meant)
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         job.followers += 1

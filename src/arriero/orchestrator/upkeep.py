@@ -175,9 +175,10 @@ class Upkeep:
                 if not force:
                     if not self._membership.is_held(name):
                         self._membership.hold(entry)
-                    error.details.setdefault(
-                        "suggested_action", f"`arriero nodes remove {name} --force` forgets it all the same"
-                    )
+                    known = error.details.get("suggested_action")
+                    error.details["suggested_action"] = (
+                        f"{known}; " if known else ""
+                    ) + f"`arriero nodes remove {name} --force` forgets it all the same"
                     raise
                 left = f"; what runs and lies in {entry.install_path} there is left ({error.message})"
                 tell(NodeStep(step="clean", message=f"not cleaned up: {error.message}"))
