@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from tests.support import cli
 from tests.support.home import Home, until
+from tests.support.remote import other_version
 
+from arriero.contracts.version import __version__
 from arriero.runtime import processes
 
 # A pool comes up and down, more than once in some tests, on a machine that may be busy.
@@ -246,3 +248,19 @@ def test_doctor_looks_at_the_disk_of_the_models(home: Home) -> None:
         subprocess.run(["umount", str(home.state.models)], check=True)
     [disk] = [check for check in checks if check["name"] == "disk"]
     assert disk["level"] == "fail" and disk["message"].startswith("0.0 GiB free")
+
+
+def test_an_agent_of_another_version_is_named_with_what_helps(tmp_path: Path) -> None:
+    other = other_version(tmp_path / "older", "0.0.1")
+    with Home() as home:
+        assert home.run("up", "-q", PYTHONPATH=str(other)).code == 0
+        home.kill(home.pid("orchestrator"))
+        refused = home.run("up", "--json")
+        assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
+        for version in ("0.0.1", __version__):
+            assert version in refused.json["error"]["message"]
+        assert "arriero down" in refused.json["error"]["details"]["suggested_action"]
+        assert home.run("down").code == 0
+        assert home.run("up", "-q").code == 0
+        assert home.run("down").code == 0
+        home.assert_clean()

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,13 @@ def test_a_name_or_a_machine_that_is_taken(home: Home, remote: Remote) -> None:
     for name in ("far", "box", "other"):
         done = remote.add(home, name, "--json")
         assert done.json["error"]["code"] == "NODE_ALREADY_EXISTS", name
+    spelled = home.run(
+        "nodes", "add", "other", "--ssh", remote.server.target.replace("127.0.0.1", "localhost"),
+        "--key", str(remote.server.key), "--accept-host-key", remote.server.fingerprint(),
+        "--install-path", str(remote.path), "--json",
+    )  # fmt: skip
+    assert spelled.json["error"]["code"] == "NODE_ALREADY_EXISTS", spelled
+    assert spelled.json["error"]["details"]["node"] == "far"
     assert home.run(*COUNT, "--node", "far").code == 0
 
 
@@ -280,3 +288,48 @@ def test_models_go_from_neighbour_to_neighbour(home: Home, remote: Remote, tmp_p
         assert home.run("models", "rm", "hf:org/tiny:Q8_0", "--node", "far").code == 0
         done = home.run("models", "pull", "hf:org/tiny:Q8_0", "--node", "box", "--json")
         assert done.json["source"] == "node third", done
+
+
+def said(process: subprocess.Popen[bytes], words: str) -> None:
+    """Wait until a command has told a step."""
+    assert process.stderr is not None
+    assert any(words in line.decode() for line in process.stderr), f"never said: {words}"
+
+
+def test_a_node_is_there_for_the_command_that_starts_the_pool(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run("down").code == 0
+    done = home.run(*COUNT, "--node", "far")
+    assert (done.code, done.out.strip()) == (0, ANSWER), done
+
+
+def test_a_removal_that_is_interrupted_leaves_a_node_that_works(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    with home.start("nodes", "remove", "far") as removing:
+        said(removing, "let us in")
+        removing.kill()
+    until("it computes", lambda: home.run(*COUNT, "--node", "far").code == 0, 40)
+
+
+def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
+    home: Home, remote: Remote
+) -> None:
+    added(home, remote)
+    with home.start("nodes", "upgrade", "far") as upgrading:
+        said(upgrading, "takes no new work")
+        home.kill(home.pid("orchestrator"))
+        upgrading.kill()
+    assert home.run("up", "-q").code == 0
+    status_is(home, "far", "ready", 40)
+
+
+def test_what_a_machine_told_last_is_known_to_the_next_orchestrator(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    assert home.run("nodes", "drain", "far", "-q").code == 0
+    before = node(home, "far")
+    assert home.run("down").code == 0
+    remote.server.kill()
+    assert home.run("up", "-q").code == 0
+    after = node(home, "far")
+    assert after["last_connected_unix"] >= before["last_connected_unix"] > 0
+    assert after["is_drained"] and after["version"] == before["version"]

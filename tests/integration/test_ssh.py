@@ -1,6 +1,7 @@
 """What goes wrong between here and a machine, played by a real sshd; each fault has its own error."""
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -104,7 +105,7 @@ async def test_no_key_at_all(fabric: SshFabric, standing: SshServer) -> None:
     assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
 
 
-@pytest.mark.parametrize("fault", ["missing", "open", "folder"])
+@pytest.mark.parametrize("fault", ["missing", "open", "folder", "pipe", "nobody"])
 async def test_a_key_file_is_checked_before_anything_is_sent(
     fabric: SshFabric, tmp_path: Path, fault: str
 ) -> None:
@@ -114,6 +115,10 @@ async def test_a_key_file_is_checked_before_anything_is_sent(
         key.chmod(0o640)
     elif fault == "folder":
         key.mkdir()
+    elif fault == "pipe":
+        os.mkfifo(key, 0o600)
+    elif fault == "nobody":
+        key = Path("~nobody-of-that-name/key")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         port = listener.getsockname()[1]
@@ -262,6 +267,15 @@ async def test_a_host_on_the_way(
     await works(fabric, address)
 
 
+@pytest.mark.parametrize("command", ["false", "/no/such/program", "sleep 0.05"])
+async def test_a_way_that_ends_before_it_leads_anywhere(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, command: str
+) -> None:
+    (ssh_dir / "config").write_text(f"Host *\n  ProxyCommand {command} %h %p\n")
+    for _ in range(5):
+        assert (await refused(fabric, known(standing))).code is ErrorCode.NODE_UNREACHABLE
+
+
 async def test_the_agent_holds_the_key(
     fabric: SshFabric, standing: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +303,32 @@ async def test_a_configuration_that_cannot_be_read(
 ) -> None:
     (ssh_dir / "config").write_text("Port many\n")
     assert (await refused(fabric, known(standing))).code is ErrorCode.INVALID_SETTINGS
+
+
+@pytest.mark.parametrize("name", ["config", "known_hosts"])
+async def test_a_file_of_ssh_that_is_no_text(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, name: str
+) -> None:
+    (ssh_dir / name).write_bytes("Host müller\n".encode("latin-1"))
+    error = await refused(fabric, NodeAddress.parse(standing.target, key_path=str(standing.key)))
+    assert error.code is ErrorCode.INVALID_SETTINGS
+
+
+async def test_the_folder_of_sockets_is_made_anew_or_missed_aloud(
+    standing: SshServer,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="arr-") as made:
+        folder = Path(made) / "x"
+        fabric = SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=folder)
+        async with connected(fabric, known(standing)) as connection:
+            end = await connection.forward(standing.port)
+            assert isinstance(end, SocketPath) and end.path.is_socket()
+        folder.rmdir()
+        folder.write_text("in the way")
+        async with connected(fabric, known(standing)) as connection:
+            with pytest.raises(ArrieroError) as caught:
+                await connection.forward(standing.port)
+            assert caught.value.code is ErrorCode.STATE_DIR_UNUSABLE
 
 
 # --- Servers that are not there, or go away ------------------------------------------------------

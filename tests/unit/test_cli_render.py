@@ -1,6 +1,7 @@
 """Does what commands print read well: tables, sizes, times, errors?"""
 
 import fcntl
+import json
 import os
 import struct
 import subprocess
@@ -76,19 +77,42 @@ def test_advice_of_the_one_who_knows_better_wins() -> None:
     assert render.error_lines(error)[-1] == "  hint: Stop w-1."
 
 
-@pytest.mark.parametrize(("columns", "is_plain"), [(40, True), (200, False)])
-def test_a_table_wider_than_the_terminal_is_not_squeezed(columns: int, is_plain: bool) -> None:
-    name = "hf:organisation/repository:Q4_K_M"
-    program = f"from arriero.cli import render; render.table(['model', 'id'], [[{name!r}, 'm-0123456789ab']])"
+def on_a_terminal(program: str, *, columns: int = 200) -> str:
+    """Return what a terminal of this width is sent."""
     person, terminal = os.openpty()
     try:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-        argv = [sys.executable, "-c", program]
+        argv = [sys.executable, "-c", f"from arriero.cli import render; {program}"]
         subprocess.run(argv, stdin=terminal, stdout=terminal, env={**env, "TERM": "xterm"}, check=True)
-        shown = os.read(person, 65_536).decode()
+        return os.read(person, 65_536).decode()
     finally:
         os.close(person)
         os.close(terminal)
+
+
+@pytest.mark.parametrize(("columns", "is_plain"), [(40, True), (200, False)])
+def test_a_table_wider_than_the_terminal_is_not_squeezed(columns: int, is_plain: bool) -> None:
+    name = "hf:organisation/repository:Q4_K_M"
+    shown = on_a_terminal(f"render.table(['model', 'id'], [[{name!r}, 'm-0123456789ab']])", columns=columns)
     assert name in shown and "m-0123456789ab" in shown
     assert ("MODEL" in shown, "─" in shown) == (is_plain, not is_plain)
+
+
+def test_nothing_of_anybodys_reaches_a_terminal_that_it_would_obey(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spell = "\x1b]0;x\x07\x1b[2J\x9b2J\x7f\r\u202e\u2028\ud800 é中 a\tb\nc"
+    assert render.plain(spell) == "?]0;x??[2J?2J????? é中 a\tb\nc"
+    render.out(spell)
+    render.note(spell)
+    render.error(ArrieroError(ErrorCode.INTERNAL_ERROR, spell, log_tail=[spell], suggested_action=spell))
+    told = capsys.readouterr()
+    assert {c for c in told.out + told.err if not c.isprintable()} == {"\t", "\n"}
+
+
+def test_json_says_the_same_to_a_terminal_without_its_commands() -> None:
+    value = {"a": "\x1b[2J\x9b2J\u202e\U000e0041é"}
+    shown = on_a_terminal(f"render.data({value!r})")
+    assert json.loads(shown) == value
+    assert {c for c in shown if not c.isprintable()} <= {"\r", "\n"}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -126,6 +127,9 @@ def name_model(client: Orchestrator, answer: Answer) -> None:
 
 def write_to_stdout(text: str) -> None:
     """Write a piece of an answer so that it is seen, or piped on, at once."""
+    if render.is_terminal(sys.stdout):
+        # A model may write anything, a hostile machine all the more; a pipe gets what was written.
+        text = "".join("?" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -145,5 +145,7 @@ def _write_record(path: Path) -> None:
 
 
 def _tell(event: str, **facts: Any) -> None:
-    sys.stderr.write(json.dumps({"event": event, "role": "keeper", **facts}) + "\n")
-    sys.stderr.flush()
+    # Past Python's buffer, which would try again at the end; a full disk must not end who keeps an agent.
+    line = json.dumps({"event": event, "role": "keeper", **facts}) + "\n"
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())

@@ -202,7 +202,10 @@ def answers(role: str, record: RunRecord, *, timeout_s: float = _LOOK_TIMEOUT_S)
 
 
 def _has_joined(state: StateDir) -> bool:
-    """Return whether the orchestrator has a connection to the agent; True where not both run."""
+    """Return whether the orchestrator has a connection to the agent; True where not both run.
+
+    Raises VERSION_MISMATCH if they do not fit.
+    """
     orchestrator, agent = state.running("orchestrator"), state.running("agent")
     if orchestrator is None or agent is None:
         return True
@@ -212,6 +215,9 @@ def _has_joined(state: StateDir) -> bool:
         nodes = Orchestrator(orchestrator.url, orchestrator.token, limits=limits).nodes()
     except ArrieroError:
         return False
+    for node in nodes:
+        if node.name == name and node.error is not None and node.error.code == ErrorCode.VERSION_MISMATCH:
+            raise from_body(node.error)
     # An orchestrator that lives on still shows the node of the agent before this one.
     return any(
         node.name == name and node.status is NodeState.READY and node.last_connected_unix >= agent.started

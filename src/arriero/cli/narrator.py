@@ -36,11 +36,11 @@ class Narrator:
         if self.is_mid_line and self._is_rich:
             render.note("")
             self.is_mid_line = False
-        text = f"[{actor}] {message}"
+        text = render.plain(f"[{actor}] {message}")
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, style="dim", soft_wrap=True)
         elif self._is_rich and render.has_colour(sys.stderr):
-            render.note(f"\x1b[2m{text}\x1b[0m")
+            render.note(text, style="\x1b[2m", end="\x1b[0m")
         else:
             render.note(text)
 
@@ -55,7 +55,7 @@ class Narrator:
         if self._is_quiet:
             return
         if self._is_rich:
-            self._show_bar(name, fraction, detail)
+            self._show_bar(render.plain(name), fraction, render.plain(detail))
             return
         if name != self._bar_name:
             self._bar_name, self._plain_shown = name, -1.0

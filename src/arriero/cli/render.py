@@ -25,19 +25,35 @@ def has_colour(stream: TextIO) -> bool:
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def out(text: str) -> None:
-    """Print a line of the answer, at once."""
-    sys.stdout.write(text + "\n")
+def plain(text: str) -> str:
+    """Return text of anybody's without what a terminal would obey: each such character as `?`.
+
+    Machines, servers and models tell names, errors and logs; one of them may be hostile.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def out(text: str, *, style: str = "") -> None:
+    """Print a line of the answer, at once; `style`: our own beginning of the line, with colours."""
+    sys.stdout.write(f"{style}{plain(text)}\n")
     sys.stdout.flush()
 
 
-def note(text: str) -> None:
-    """Print a line that is not the answer; nothing if stderr is gone."""
+def note(text: str, *, style: str = "", end: str = "") -> None:
+    """Print a line that is not the answer; nothing if stderr is gone.  `style` and `end` are our own."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(f"{style}{plain(text)}{end}\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
+
+
+def log(content: bytes) -> None:
+    """Print a piece of a log: as it is, but without what a terminal would obey if one shows it."""
+    if is_terminal(sys.stdout):
+        content = plain(content.decode("utf-8", "replace")).encode("utf-8", "replace")
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 def data(value: Any) -> None:
@@ -45,7 +61,16 @@ def data(value: Any) -> None:
     content = msgspec.json.encode(value)
     if is_terminal(sys.stdout):
         content = msgspec.json.format(content, indent=2)
-    out(content.decode())
+        # Within JSON an escape says the same.
+        out("".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in content.decode()))
+        return
+    sys.stdout.write(content.decode() + "\n")
+    sys.stdout.flush()
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
 def error(failure: ArrieroError, *, as_json: bool = False) -> None:
@@ -53,16 +78,16 @@ def error(failure: ArrieroError, *, as_json: bool = False) -> None:
     if as_json:
         data(ErrorResponse(failure.body()))
         return
-    for line in error_lines(failure):
+    first, *others = error_lines(failure)
+    word = "error:"
+    note(first.removeprefix(word), style=f"\x1b[31m{word}\x1b[0m" if has_colour(sys.stderr) else word)
+    for line in others:
         note(line)
 
 
 def error_lines(failure: ArrieroError) -> list[str]:
     """Return a failure in words: what, the last lines of a log where there are some, what to do."""
-    first = f"error: {failure.code}: {failure.message}"
-    if has_colour(sys.stderr):
-        first = f"\x1b[31merror:\x1b[0m {failure.code}: {failure.message}"
-    lines = [first]
+    lines = [f"error: {failure.code}: {failure.message}"]
     tail = failure.details.get("log_tail")
     if isinstance(tail, list):
         lines += [f"  | {line}" for line in tail[-LOG_LINES_SHOWN:]]
@@ -102,7 +127,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(column)
     for row in rows:
         # As Text, so that no cell is read as markup.
-        shown.add_row(*(Text(cell or "-") for cell in row))
+        shown.add_row(*(Text(plain(cell) or "-") for cell in row))
     console = Console(file=sys.stdout, no_color=not has_colour(sys.stdout))
     if Measurement.get(console, console.options.update(max_width=10_000), shown).maximum > console.width:
         # Squeezed into a narrow terminal, names and ids would be cut: nobody could copy them.

@@ -217,7 +217,10 @@ class Connection(Protocol):
         ...
 
     async def forward(self, remote_port: int) -> LocalEnd:
-        """Return the local end for a loopback port there; the same one each time it is asked for."""
+        """Return the local end for a loopback port there; the same one each time it is asked for.
+
+        Raises STATE_DIR_UNUSABLE if this machine has no place for a socket.
+        """
         ...
 
     async def unforward(self, remote_port: int) -> None:

@@ -75,19 +75,24 @@ def check_key_file(key_path: str) -> None:
 
     Raises SSH_KEY_UNUSABLE.  Nothing was sent to anybody then.
     """
-    path = Path(key_path).expanduser()
     try:
+        path = Path(key_path).expanduser()
         found = path.stat()
-        with path.open("rb"):
-            pass
-    except OSError as error:
+        # Others may wait for ever when they are opened, as pipes do.
+        is_file = stat.S_ISREG(found.st_mode)
+        if is_file:
+            with path.open("rb"):
+                pass
+    except (OSError, RuntimeError) as error:
+        # A RuntimeError: there is no user of the name after the `~`.
+        why = error.strerror if isinstance(error, OSError) else "nobody has that home"
         fail(
             ErrorCode.SSH_KEY_UNUSABLE,
-            f"the key {key_path} cannot be read: {error.strerror}",
+            f"the key {key_path} cannot be read: {why}",
             key_path=key_path,
             suggested_action="give the path of a private key, or none to use those of ssh-agent and ~/.ssh",
         )
-    if not stat.S_ISREG(found.st_mode):
+    if not is_file:
         fail(ErrorCode.SSH_KEY_UNUSABLE, f"the key {key_path} is no regular file", key_path=key_path)
     if found.st_mode & 0o077:
         fail(

@@ -33,7 +33,8 @@ kill -s KILL -- "-$1"
 END_TIMEOUT_S: Final = 3.0
 #: More than the line with the process id is long, and enough of what was said instead of it.
 BEFORE_BYTES_MAX: Final = 512
-_PID_LINE: Final = re.compile(rb"%s([0-9]{1,19})\n" % PID_MARK.encode())
+# Not 0, not 1: to those a signal for a process group goes to ourselves, or to everybody.
+_PID_LINE: Final = re.compile(rb"%s([2-9]|[1-9][0-9]{1,18})\n" % PID_MARK.encode())
 #: A file transfer may take any time, but no step of it this long.
 STALL_S: Final = 30.0
 LOOK_TIMEOUT_S: Final = 10.0
@@ -220,14 +221,22 @@ class SshConnection:
             if self._gone.is_told:
                 raise self._lost()
             await self._check_ports(remote_port)
-            if self._own_dir is None:
-                # 0700: nobody else on this machine gets through, and nobody can take its place.
-                self._own_dir = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._sockets_dir))
-            end = SocketPath(self._own_dir / str(remote_port))
-            with self._told(f"port {remote_port} could not be forwarded"):
-                listener = await self._connection.forward_local_path_to_port(
-                    str(end.path), "127.0.0.1", remote_port
-                )
+            try:
+                if self._own_dir is None:
+                    # A folder of the session is taken away when its user logs out, we stay.
+                    self._sockets_dir.mkdir(mode=0o700, exist_ok=True)
+                    # 0700: nobody else on this machine gets through, and nobody can take its place.
+                    self._own_dir = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._sockets_dir))
+                end = SocketPath(self._own_dir / str(remote_port))
+                with self._told(f"port {remote_port} could not be forwarded"):
+                    listener = await self._connection.forward_local_path_to_port(
+                        str(end.path), "127.0.0.1", remote_port
+                    )
+            except OSError as error:
+                raise ArrieroError(
+                    ErrorCode.STATE_DIR_UNUSABLE,
+                    f"no socket can be made here that leads to {self._name}: {reason_of(error)}",
+                ) from error
             self._ends[remote_port] = (end, listener)
             return end
 

@@ -88,7 +88,7 @@ async def log_in(
             connection, gone = await _trusted(address, await asyncio.to_thread(_Trust, address))
     except TimeoutError as error:
         raise _unreachable(address, f"no login within {timeout_s:g} s") from error
-    except (asyncssh.Error, OSError, ValueError) as error:
+    except (asyncssh.Error, OSError, ValueError, RuntimeError) as error:
         raise _explained(address, error) from error
     return SshConnection(connection, gone, entropy, name=str(address), sockets_dir=sockets_dir)
 
@@ -289,6 +289,11 @@ def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
         )
     if isinstance(error, asyncssh.ConfigParseError):
         return ArrieroError(ErrorCode.INVALID_SETTINGS, f"~/.ssh/config cannot be read: {reason}")
-    if isinstance(error, asyncssh.Error | OSError):
+    if isinstance(error, UnicodeDecodeError):
+        return ArrieroError(
+            ErrorCode.INVALID_SETTINGS, f"~/.ssh/config or known_hosts cannot be read: {reason}"
+        )
+    # A ProxyCommand that has ended already is a RuntimeError of the event loop's.
+    if isinstance(error, asyncssh.Error | OSError | RuntimeError):
         return _unreachable(address, reason)
     raise error

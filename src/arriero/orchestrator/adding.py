@@ -57,11 +57,14 @@ class Begun:
 
 
 class Underway:
-    """Which nodes are being added, upgraded or removed now: one thing at a time for each."""
+    """Which nodes and machines are being added, upgraded or removed now: one thing at a time for each."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._changed = Changed()
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     @contextlib.asynccontextmanager
     async def only(self, name: str, what: str, tell: Tell) -> AsyncIterator[None]:
@@ -160,7 +163,11 @@ class Adding:
         NODE_UNREACHABLE, PYTHON_TOO_OLD, INSUFFICIENT_DISK, INSTALL_FAILED…
         """
         entry = self.check(body)
-        async with self._underway.only(entry.name, "added", tell):
+        machine = f"{entry.ssh}:{entry.install_path}"
+        async with (
+            self._underway.only(entry.name, "added", tell),
+            self._underway.only(machine, "added", tell),
+        ):
             # What was begun under this name meanwhile may have come to its end.
             self.check(body)
             async with self._connected(entry, tell) as connection:

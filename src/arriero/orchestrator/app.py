@@ -122,6 +122,7 @@ async def _run(
             orchestrator.provisioner.binds_workers = leaving.takes_workers
             await orchestrator.membership.begin(local)
             await _serve(orchestrator, folder, sock, group, is_background=is_background)
+            await orchestrator.membership.keep_seen()
             await leave(
                 leaving,
                 orchestrator.registry,

@@ -49,14 +49,21 @@ async def leave(
 
     This machine's agent is ended by a signal, by whoever has its process.
     """
-    there = [node for node in registry.nodes() if node.state in (NodeState.READY, NodeState.DRAINING)]
-    ending = [node for node in there if leaving.cascades and node.entry.is_remote]
-    stays = {node.name: node.peer for node in there if node not in ending}
+    ending: dict[str, Peer] = {}
+    staying: dict[str, Peer] = {}
+    for node in registry.nodes():
+        if node.state not in (NodeState.READY, NodeState.DRAINING):
+            continue
+        try:
+            peers = ending if leaving.cascades and node.entry.is_remote else staying
+            peers[node.name] = node.peer
+        except ArrieroError as error:
+            # The way to it has gone this very moment.
+            logs.get("arriero.cascade").warning("node not asked", node=node.name, why=error.message)
     release_s = grace_s + EXTRA_S if leaving.takes_workers else ASK_TIMEOUT_S
     async with asyncio.TaskGroup() as group:
-        group.create_task(release_nodes(stays, timeout_s=release_s), name="release-nodes")
-        agents = {node.name: node.peer for node in ending}
-        ends = end_agents(agents, grace_s=grace_s, clock=clock, on_ended=membership.let_go)
+        group.create_task(release_nodes(staying, timeout_s=release_s), name="release-nodes")
+        ends = end_agents(ending, grace_s=grace_s, clock=clock, on_ended=membership.let_go)
         group.create_task(ends, name="end-agents")
 
 

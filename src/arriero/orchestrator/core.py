@@ -47,6 +47,7 @@ class Orchestrator:
     membership: Membership
     adding: Adding
     upkeep: Upkeep
+    underway: Underway
     upstreams: Upstreams
     provisioner: ModelProvisioner
     scheduler: Scheduler
@@ -58,8 +59,10 @@ class Orchestrator:
 
     @property
     def is_working(self) -> bool:
-        """Whether any request, task or start of a worker is under way."""
-        return bool(len(self.exchanges) or len(self.tasks) or self.provisioner.jobs_running)
+        """Whether any request, task, start of a worker or work on a machine is under way."""
+        return bool(
+            len(self.exchanges) or len(self.tasks) or self.provisioner.jobs_running or len(self.underway)
+        )
 
     def snapshot(self) -> PoolSnapshot:
         """Return what the live feed begins with."""
@@ -130,6 +133,7 @@ def assemble(
         membership=membership,
         adding=Adding(registry, membership, node_store, machines, fabric, http, group, clock, underway),
         upkeep=Upkeep(registry, membership, node_store, machines, scheduler, fabric, http, clock, underway),
+        underway=underway,
         upstreams=upstreams,
         provisioner=provisioner,
         scheduler=scheduler,

@@ -37,9 +37,17 @@ _LASTING: Final = frozenset(
         ErrorCode.SSH_HOST_KEY_CHANGED,
         ErrorCode.SSH_HOST_KEY_UNKNOWN,
         ErrorCode.LEASE_SUPERSEDED,
+        ErrorCode.INVALID_SETTINGS,
+        ErrorCode.INTERNAL_ERROR,
     }
 )
+#: It is not the node that fails, but we.
+_OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
+#: The share of `node_timeout_s` after which a silent node is missed.  The silence begins with the last
+#: beat, which may have come right before the cut, and its news has to reach whoever asks: so the whole of
+#: it is the most that it takes.
+MISSED_SHARE: Final = 0.95
 
 #: Has the agent on a node's machine started; raises what keeps it from it.
 Revive = Callable[[Line], Awaitable[None]]
@@ -68,6 +76,7 @@ class NodeLink:
         self._clock = clock
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
+        self._missed_s = MISSED_SHARE * node_timeout_s
         self._name = name
         self._revive = revive
         self._log = logs.get("arriero.nodes")
@@ -92,6 +101,13 @@ class NodeLink:
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
                 except ArrieroError as caught:
                     error = caught
+                except Exception as caught:  # noqa: BLE001  The edge: other nodes' links go on.
+                    error = ArrieroError(ErrorCode.INTERNAL_ERROR, f"its link failed: {caught!r}")
+                    if error.message != told:
+                        self._log.exception("link failed", node=self._name)
+                if error.code in _OUR_OWN:
+                    # Whatever is wrong with this line, the next one is made from the beginning.
+                    await self._reach.drop()
                 if error.code is ErrorCode.NOT_RUNNING and self._name is None:
                     # Nobody ever said that this machine has one.
                     attempt = 0
@@ -136,6 +152,10 @@ class NodeLink:
     async def _drop_when_closed(self, line: Line) -> None:
         why = await line.connection.closed()
         self._log.info("connection gone", node=self._name, why=why)
+        if self._node is not None:
+            # Nothing leads to its workers until the next one: they are no choice meanwhile.
+            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"connection gone: {why}", node=self._node.name)
+            self._registry.unreachable(self._node, gone)
         await self._reach.drop()
 
     async def _find_and_hold(self, line: Line) -> None:
@@ -161,7 +181,7 @@ class NodeLink:
         """Read one agent's events to their end.  Raises NODE_UNREACHABLE, VERSION_MISMATCH…"""
         await line.open(record.url)
         node: Node | None = None
-        events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._node_timeout_s)
+        events = line.peer(record.url, record.token).events("/v1/events", silence_s=self._missed_s)
         try:
             async for event in events:
                 if event.event == "error":
@@ -195,6 +215,8 @@ class NodeLink:
         has = snapshot.capabilities
         if has.api_version != API_VERSION or has.version != __version__:
             name = self._name or has.name
+            if self._node is None:
+                self._node = self._registry.unfit(has)
             raise ArrieroError(
                 ErrorCode.VERSION_MISMATCH,
                 f"the agent of {name} is arriero {has.version}, the orchestrator is {__version__}",
@@ -232,10 +254,10 @@ class NodeLink:
     async def _watch_silence(self) -> None:
         while True:
             silence_s = self._clock.monotonic_s() - self._last_heard_s
-            if self._node is not None and silence_s >= self._node_timeout_s:
+            if self._node is not None and silence_s >= self._missed_s:
                 silent = ArrieroError(
-                    ErrorCode.NODE_UNREACHABLE, f"silent for {self._node_timeout_s:g} s", node=self._node.name
+                    ErrorCode.NODE_UNREACHABLE, f"silent for {self._missed_s:.3g} s", node=self._node.name
                 )
                 self._registry.unreachable(self._node, self._error or silent)
-            due_s = self._node_timeout_s - silence_s
-            await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._node_timeout_s))
+            due_s = self._missed_s - silence_s
+            await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._missed_s))

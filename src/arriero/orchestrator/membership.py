@@ -1,10 +1,13 @@
 """Which nodes are held, and who begins and ends that?  (`Membership`)"""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
 
 import msgspec
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
 from arriero.contracts.requests import NodeUpdateBody
 from arriero.fabrics.base import Fabric
@@ -17,6 +20,9 @@ from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import Http
+
+#: What machines told last is written down so often, and at the end.
+KEEP_EVERY_S: Final = 60.0
 
 
 class Membership:
@@ -48,6 +54,8 @@ class Membership:
         self._stop = stop
         self._log = logs.get("arriero.nodes")
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        #: One change of what is kept at a time: none is written over another.
+        self._changing = asyncio.Lock()
 
     async def begin(self, local: Reach) -> None:
         """Hold this machine's agent, whenever there is one, and all machines that are registered."""
@@ -58,6 +66,32 @@ class Membership:
             else:
                 self._registry.local_entries[entry.name] = entry
         self._group.create_task(self.link(local).run(), name="link-local")
+        self._group.create_task(self._keep_seen_forever(), name="keep-seen")
+
+    async def _keep_seen_forever(self) -> None:
+        while True:
+            await self._clock.sleep_s(KEEP_EVERY_S)
+            await self.keep_seen()
+
+    async def keep_seen(self) -> None:
+        """Write down what the machines told last: the next orchestrator begins with it."""
+        async with self._changing:
+            seen: list[NodeEntry] = []
+            for node in self._registry.nodes():
+                if node.entry.is_remote and node.last_connected_unix > node.entry.last_connected_unix:
+                    node.entry = msgspec.structs.replace(
+                        node.entry,
+                        capabilities=node.capabilities,
+                        last_connected_unix=node.last_connected_unix,
+                    )
+                    seen.append(node.entry)
+            try:
+                await self._store.save_all(seen)
+            except ArrieroError as error:
+                # A full disk takes no machine away.
+                self._log.warning(
+                    "not written down what machines told", code=str(error.code), why=error.message
+                )
 
     def link(self, reach: Reach, *, name: str | None = None, revive: Revive | None = None) -> NodeLink:
         """Return a link over any reach; the caller runs it."""
@@ -87,16 +121,26 @@ class Membership:
 
         return revive
 
-    def is_held(self, name: str) -> bool:
-        """Return whether a registered machine's link runs."""
-        return name in self._tasks
-
     async def let_go(self, name: str) -> None:
         """End the link to a registered machine, and its connection; safe to call twice."""
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
+
+    @contextlib.asynccontextmanager
+    async def without_link(self, name: str) -> AsyncIterator[None]:
+        """Let go of a machine meanwhile.
+
+        Whatever comes of it, also if it is interrupted: a machine that is still registered is held again.
+        """
+        try:
+            await self.let_go(name)
+            yield
+        finally:
+            node = self._registry.find(name)
+            if node is not None and name not in self._tasks:
+                self.hold(node.entry)
 
     async def register(self, entry: NodeEntry) -> Node:
         """Keep a machine and begin to hold it."""
@@ -108,8 +152,9 @@ class Membership:
     async def forget(self, name: str) -> None:
         """Keep nothing of a machine.  Raises NODE_NOT_FOUND."""
         await self.let_go(name)
-        await self._store.forget(name)
-        self._registry.removed(name)
+        async with self._changing:
+            await self._store.forget(name)
+            self._registry.removed(name)
 
     def remote(self, name: str) -> NodeEntry:
         """Return a registered machine's entry.  Raises NODE_NOT_FOUND; INVALID_REQUEST for this machine."""
@@ -127,6 +172,10 @@ class Membership:
 
         Raises NODE_NOT_FOUND, INVALID_REQUEST; then nothing is changed.
         """
+        async with self._changing:
+            return await self._update(name, body)
+
+    async def _update(self, name: str, body: NodeUpdateBody) -> Node:
         before = self._registry.node(name).entry
         changes: dict[str, object] = {}
         if body.labels:
@@ -143,17 +192,18 @@ class Membership:
             address_of(after)
         await self._store.save(after)
         if moved and after != before:
-            await self.let_go(name)
-        node = self._registry.changed_entry(after)
-        if moved and after != before:
-            self.hold(after)
-        return node
+            async with self.without_link(name):
+                gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"{name} is connected anew", node=name)
+                self._registry.unreachable(self._registry.node(name), gone)
+                return self._registry.changed_entry(after)
+        return self._registry.changed_entry(after)
 
     async def wish_drained(self, name: str, *, is_drained: bool) -> Node:
         """Give a node no new work, or give it work again.  Raises NODE_NOT_FOUND."""
-        entry = msgspec.structs.replace(self._registry.node(name).entry, is_drained=is_drained)
-        await self._store.save(entry)
-        return self._registry.changed_entry(entry)
+        async with self._changing:
+            entry = msgspec.structs.replace(self._registry.node(name).entry, is_drained=is_drained)
+            await self._store.save(entry)
+            return self._registry.changed_entry(entry)
 
 
 def _unheard(_: NodeStep) -> None:

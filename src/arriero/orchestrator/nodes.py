@@ -4,7 +4,9 @@ What lives comes from the agents' event streams and is rebuilt from their snapsh
 there are besides this one is kept on disk (`store.nodes`).
 """
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -69,6 +71,8 @@ class Node:
     #: Why it does not answer, while it does not.
     error: ErrorBody | None = None
     latency_ms: float = 0.0
+    #: It takes no new work for as long as something is done to it.
+    is_paused: bool = False
     downloads: dict[str, DownloadRecord] = field(default_factory=dict)
     #: Its catalog, by reference.
     models: dict[str, ModelRecord] = field(default_factory=dict)
@@ -212,12 +216,17 @@ class NodeRegistry:
     # --- What the agents tell ------------------------------------------------------------
 
     def add(self, entry: NodeEntry) -> Node:
-        """Take a registered machine, whose agent has told nothing yet since our start."""
-        assert entry.capabilities is not None, "a machine is registered after its agent has told of it"
+        """Take a machine that is known, whose agent has told nothing yet since our start."""
+        assert entry.capabilities is not None, "a machine is known after its agent has told of it"
         node = Node(entry.name, entry, entry.capabilities, last_connected_unix=entry.last_connected_unix)
         self._nodes[entry.name] = node
         self._tell(NodeChanged(node=node.record()))
         return node
+
+    def unfit(self, has: Capabilities) -> Node:
+        """Take this machine, whose agent cannot be worked with: it is listed, and tells why."""
+        entry = self.local_entries.get(has.name) or NodeEntry(name=has.name, is_remote=False)
+        return self.add(msgspec.structs.replace(entry, capabilities=has))
 
     def changed_entry(self, entry: NodeEntry) -> Node:
         """Take what a person changed of a machine.  Raises NODE_NOT_FOUND."""
@@ -226,6 +235,21 @@ class NodeRegistry:
         self._follow_wish(node)
         self._tell(NodeChanged(node=node.record()))
         return node
+
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[Node]:
+        """Give a node no new work meanwhile; what a person wishes stays as it is, also if we die.
+
+        Raises NODE_NOT_FOUND.
+        """
+        node = self.node(name)
+        node.is_paused = True
+        self._follow_wish(node)
+        try:
+            yield node
+        finally:
+            node.is_paused = False
+            self._follow_wish(node)
 
     def removed(self, name: str) -> None:
         """Forget a machine, and end what we knew of its workers.  Raises NODE_NOT_FOUND."""
@@ -327,8 +351,9 @@ class NodeRegistry:
             self._tell(NodeChanged(node=node.record()))
 
     def _follow_wish(self, node: Node) -> None:
-        """Take a node out of the choice, or back, as a person asked for; also after it comes back."""
-        wished = NodeState.DRAINING if node.entry.is_drained else NodeState.READY
+        """Take a node out of the choice, or back, as was asked for; also after it comes back."""
+        takes_none = node.entry.is_drained or node.is_paused
+        wished = NodeState.DRAINING if takes_none else NodeState.READY
         if node.state in (NodeState.READY, NodeState.DRAINING) and node.state is not wished:
             self._step(node, wished)
 

@@ -42,7 +42,10 @@ class Line:
         self.is_gone = False
 
     async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.  Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED."""
+        """Have an end for the port in a daemon's `url`.
+
+        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        """
         port = Address.of(url, "").port
         if port not in self._ends:
             self._ends[port] = await self.connection.forward(port)
@@ -51,9 +54,10 @@ class Line:
         """Close the end of a daemon that is gone.  Safe to call twice."""
         port = Address.of(url, "").port
         end = self._ends.pop(port, None)
+        # The socket first: whoever still has a peer must not begin anew.
+        await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
-        await self.connection.unforward(port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -74,10 +78,11 @@ class Line:
         headers = {FENCE_HEADER: self.fence}
         return self._http.peer(url, token, socket_path=address.socket_path, headers=headers)
 
-    async def forget(self) -> None:
-        """Close what still goes through its ends; the connection itself is somebody else's to close."""
+    async def aclose(self) -> None:
+        """Close the connection, and what still goes through its ends."""
         self.is_gone = True
         ends, self._ends = self._ends, {}
+        await self.connection.aclose()
         for end in ends.values():
             if isinstance(end, SocketPath):
                 await self._http.forget(str(end.path))
@@ -158,26 +163,40 @@ class SshReach:
         self._clock = clock
         self._line: Line | None = None
         self._above = 0
+        self._known: RunRecord | None = None
+        self._is_known_untried = False
 
     async def line(self) -> Line:
         """Return the line that holds, else connect: several attempts run beside each other."""
         if self._line is None:
             connection = await self._connect()
-            lease = await self._leases.next_lease(self._above)
+            try:
+                lease = await self._leases.next_lease(self._above)
+            except BaseException:
+                await connection.aclose()
+                raise
             self._line = Line(connection, self._http, holder_id=self._leases.holder_id, lease=lease)
+            self._is_known_untried = True
         return self._line
 
     async def agent(self, line: Line) -> RunRecord:
-        """Read the agent's run file there; whether its process lives shows when it is talked to."""
-        return await read_run_record(self._entry, line.connection)
+        """Return how the agent was talked to before, once a line; then read its run file there.
+
+        A cut ends no agent, and from far away the file takes a second.  Whether its process lives shows
+        when it is talked to; the token of one that is gone opens nothing any more.
+        """
+        if self._known is not None and self._is_known_untried:
+            self._is_known_untried = False
+            return self._known
+        self._known = await read_run_record(self._entry, line.connection)
+        return self._known
 
     async def drop(self, above: int = 0) -> None:
         """Close the connection, and with it every stream that went over it."""
         self._above = max(self._above, above)
         line, self._line = self._line, None
         if line is not None:
-            await line.forget()
-            await line.connection.aclose()
+            await line.aclose()
 
     async def _connect(self) -> Connection:
         address = address_of(self._entry)
@@ -201,18 +220,24 @@ class SshReach:
                 running -= 1
                 done.set()
 
-        async with asyncio.TaskGroup() as group:
-            tasks = []
-            while found is None and failed is None:
-                if running < ATTEMPTS_AT_ONCE:
-                    tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
-                waiter = group.create_task(done.wait(), name="connected")
-                tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
-                await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
-                waiter.cancel()
-                tick.cancel()
-            for task in tasks:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = []
+                while found is None and failed is None:
+                    if running < ATTEMPTS_AT_ONCE:
+                        tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
+                    waiter = group.create_task(done.wait(), name="connected")
+                    tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
+                    await asyncio.wait((waiter, tick), return_when=asyncio.FIRST_COMPLETED)
+                    waiter.cancel()
+                    tick.cancel()
+                for task in tasks:
+                    task.cancel()
+        except BaseException:
+            # Whoever waited is gone in the moment in which it came about.
+            if found is not None:
+                await found.aclose()
+            raise
         if found is None:
             assert failed is not None
             raise failed

@@ -1,7 +1,7 @@
 """Which worker computes a request, and what does the person hear while there is none yet?"""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, TypeAlias
 
@@ -108,7 +108,7 @@ class Scheduler:
         Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
         worker's own error…
         """
-        await self._joined(wants)
+        await self.joined(wants.node, wants.labels)
         for _ in range(CHOICES_MAX):
             lease = self.try_lease(wants)
             if lease is not None:
@@ -151,18 +151,19 @@ class Scheduler:
 
     # --- Waiting -------------------------------------------------------------------------
 
-    async def _joined(self, wants: Wants) -> None:
-        """Right after our start, wait for the first node that is meant."""
-        while not self._is_joined(wants):
+    async def joined(self, name: str | None, labels: Sequence[tuple[str, str]] = ()) -> None:
+        """Right after our start, wait for the node that is asked for, or for any with these labels."""
+        while not self._has_joined(name, labels):
             left_s = self._join_until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
 
-    def _is_joined(self, wants: Wants) -> bool:
+    def _has_joined(self, name: str | None, labels: Sequence[tuple[str, str]]) -> bool:
+        if name is not None:
+            node = self._registry.find(name)
+            return node is not None and node.state is not NodeState.JOINING
         meant = [
-            node.state
-            for node in self._registry.nodes()
-            if wants.node in (None, node.name) and set(wants.labels) <= set(node.entry.labels.items())
+            node.state for node in self._registry.nodes() if set(labels) <= set(node.entry.labels.items())
         ]
         # Registered machines are connected to one by one: others being ready says nothing of these.
         return NodeState.READY in meant or (self._registry.is_ready() and NodeState.JOINING not in meant)

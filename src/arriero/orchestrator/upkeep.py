@@ -15,7 +15,7 @@ from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
 from arriero.orchestrator.fitting import fit_engine
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
-from arriero.orchestrator.machines.survey import Survey, Tell
+from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.reach import ask_capabilities, connect
@@ -94,27 +94,20 @@ class Upkeep:
         async with self._underway.only(name, "upgraded", tell):
             async with self._connected(entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
-                was_drained = entry.is_drained
                 # No worker may begin between two versions.
-                node = await self._membership.wish_drained(name, is_drained=True)
-                tell(NodeStep(step="drain", message=f"{name} takes no new work"))
-                try:
+                with self._registry.paused(name) as node:
+                    tell(NodeStep(step="drain", message=f"{name} takes no new work"))
                     installed = await self._machines.install(connection, survey, tell, carry=carry)
                     if not installed.is_new and await self._version(entry, connection) == __version__:
                         message = f"{name} is arriero {__version__} already"
                         return NodeDone(message=message, node=node.record())
                     with contextlib.suppress(ArrieroError):
                         await self._drained(node, tell, wait_s)
-                    await self._membership.let_go(name)
-                    try:
-                        await self._restart(entry, connection, survey, installed, tell)
-                    finally:
-                        self._membership.hold(entry)
+                    async with self._membership.without_link(name):
+                        await self._restart(entry, connection, installed, tell)
                     await self._held(node)
                     # A build that was there may have been for the engine's version before.
                     await fit_engine(node, tell)
-                finally:
-                    await self._membership.wish_drained(name, is_drained=was_drained)
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
 
     async def _version(self, entry: NodeEntry, connection: Connection) -> str | None:
@@ -125,7 +118,7 @@ class Upkeep:
             return None
 
     async def _restart(
-        self, entry: NodeEntry, connection: Connection, survey: Survey, installed: Installation, tell: Tell
+        self, entry: NodeEntry, connection: Connection, installed: Installation, tell: Tell
     ) -> None:
         await self._machines.stop(connection, entry.install_path, tell)
         try:
@@ -168,13 +161,11 @@ class Upkeep:
         async with self._underway.only(name, "removed", tell):
             left = "" if purge else f"; models and environment stay in {entry.install_path} there"
             try:
-                async with self._connected(entry, tell) as connection:
-                    await self._membership.let_go(name)
+                async with self._connected(entry, tell) as connection, self._membership.without_link(name):
                     await self._machines.remove(connection, entry.install_path, tell, purge=purge)
+                    await self._membership.forget(name)
             except ArrieroError as error:
                 if not force:
-                    if not self._membership.is_held(name):
-                        self._membership.hold(entry)
                     known = error.details.get("suggested_action")
                     error.details["suggested_action"] = (
                         f"{known}; " if known else ""
@@ -182,7 +173,7 @@ class Upkeep:
                     raise
                 left = f"; what runs and lies in {entry.install_path} there is left ({error.message})"
                 tell(NodeStep(step="clean", message=f"not cleaned up: {error.message}"))
-            await self._membership.forget(name)
+                await self._membership.forget(name)
         return NodeDone(message=f"{name} is no part of the pool any more{left}")
 
     # --- Looking -------------------------------------------------------------------------

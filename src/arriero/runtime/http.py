@@ -1,7 +1,10 @@
 """How does a daemon call another one?  (The token path has its own way.)"""
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
 
@@ -45,12 +48,17 @@ class Http:
         )
 
     def session(self, socket_path: str = "") -> aiohttp.ClientSession:
-        """Return the aiohttp session for TCP, or the one for a unix socket."""
+        """Return the aiohttp session for TCP, or the one for a unix socket.
+
+        Raises FileNotFoundError for a socket that is gone: nobody would forget its session again.
+        """
         assert self._session is not None, "used outside of its `async with`"
         if not socket_path:
             return self._session
         session = self._local.get(socket_path)
         if session is None:
+            if not Path(socket_path).is_socket():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), socket_path)
             connector = aiohttp.UnixConnector(socket_path, limit=0, keepalive_timeout=30)
             session = self._local[socket_path] = self._new(connector)
         return session

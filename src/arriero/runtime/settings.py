@@ -84,7 +84,7 @@ class Settings:
     restart_max: int = _s(3, "Crashes of a model within the window before it is refused.", low=1)
     restart_window_s: float = _s(60.0, "The window crashes are counted in.", unit="s", low=0.1)
     connect_timeout_s: float = _s(10.0, "Limit to connect to another part.", unit="s", low=0.1)
-    node_timeout_s: float = _s(3.0, "A node silent for so long is unreachable.", unit="s", low=0.1)
+    node_timeout_s: float = _s(3.0, "A node that is silent is unreachable within so long.", unit="s", low=0.1)
     starvation_s: float = _s(
         30.0, "A model that waits for another one's place has it after so long.", unit="s", low=0.1
     )

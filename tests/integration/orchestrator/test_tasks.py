@@ -342,3 +342,21 @@ async def test_in_the_background_it_leaves_when_there_is_no_work(tmp_path: Path)
         assert (await finished(o, record["task_id"]))["state"] == "done"
         async with asyncio.timeout(8):
             assert await o.process.wait() == 0
+
+
+async def test_in_the_background_it_stays_while_a_machine_is_being_added(tmp_path: Path) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = mute.sockets[0].getsockname()[1]
+    async with (
+        mute,
+        orchestrator(tmp_path, "--background", orchestrator_idle_s="2", connect_timeout_s="1.5") as o,
+    ):
+        body = {"name": "far", "ssh": f"u@127.0.0.1:{port}"}
+        async with o.session.post(f"{o.url}/v1/nodes", json=body) as response:
+            events = await read_events(response)
+        # After three attempts, twice as long as it would stay without them.
+        assert events[-1]["error"]["code"] == "NODE_UNREACHABLE"

@@ -34,6 +34,6 @@ def _show(finding: Finding) -> None:
     level = f"{finding.level:<4}"
     if render.has_colour(sys.stdout):
         level = f"\x1b[{_COLOURS[finding.level]}m{level}\x1b[0m"
-    render.out(f"{level}  {finding.name:<14} {finding.message}")
+    render.out(f"  {finding.name:<14} {finding.message}", style=level)
     if finding.advice:
         render.out(f"{'':<21}→ {finding.advice}")

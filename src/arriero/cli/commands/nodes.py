@@ -271,8 +271,7 @@ def logs(*, name: str, lines: int, as_json: bool) -> int:
     if as_json:
         render.data({"node": name, "lines": content.decode("utf-8", "replace").splitlines()})
         return Exit.OK
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
+    render.log(content)
     return Exit.OK
 
 

@@ -1,6 +1,5 @@
 """`arriero workers`: which workers are there, how is one stopped, what does its log say?"""
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,15 +98,13 @@ def logs(*, worker_id: str, follow: bool, as_json: bool) -> int:
             pieces = _log_of_pool(worker_id, follow=follow)
             if not as_json:
                 for piece in pieces:
-                    sys.stdout.buffer.write(piece)
-                    sys.stdout.buffer.flush()
+                    render.log(piece)
                 return Exit.OK
             content = b"".join(pieces)
-    text = content.decode("utf-8", "replace")
     if as_json:
-        render.data({"worker_id": worker_id, "lines": text.splitlines()})
+        render.data({"worker_id": worker_id, "lines": content.decode("utf-8", "replace").splitlines()})
     else:
-        sys.stdout.write(text)
+        render.log(content)
     return Exit.OK
 
 

@@ -136,6 +136,7 @@ def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         given = msgspec.to_builtins(asked)
         on_node = node or given.pop("node", None)
         given.pop("node", None)
+        await o.scheduler.joined(on_node)
         record = await o.provisioner.spawn(msgspec.convert(given, SpawnBody), on_node)
         return o.registry.public(record)
 
@@ -171,6 +172,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
         """Begin to fetch a model onto a node."""
         body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
+        await o.scheduler.joined(body.node)
         node = o.node_for_download(Wants(body.model_ref, body.node))
         started = await o.provisioner.start_download(node, body.model_ref, peers=body.peers, clean=body.clean)
         # Known at once, whichever comes first: the next request or the agent's event.

@@ -1,6 +1,7 @@
 """Which machines belong to the pool, and who are we to them?  (`NodeStore`)"""
 
 import sqlite3
+from collections.abc import Sequence
 from functools import partial
 from typing import Final, Self
 
@@ -67,6 +68,11 @@ class NodeStore:
             (entry.name, msgspec.json.encode(entry)),
         )
 
+    async def save_all(self, entries: Sequence[NodeEntry]) -> None:
+        """Keep several entries, all or none."""
+        rows = [(entry.name, msgspec.json.encode(entry)) for entry in entries]
+        await self._database.transaction(partial(_save, rows))
+
     async def forget(self, name: str) -> None:
         """Keep nothing of a machine any more."""
         await self._database.execute("DELETE FROM nodes WHERE name = ?", (name,))
@@ -84,6 +90,10 @@ class NodeStore:
                 self._lease, self._reserved = first - 1, first - 1 + LEASES_AT_A_TIME
         self._lease += 1
         return self._lease
+
+
+def _save(rows: Sequence[tuple[str, bytes]], connection: sqlite3.Connection) -> None:
+    connection.executemany("INSERT OR REPLACE INTO nodes (name, entry) VALUES (?, ?)", rows)
 
 
 def _reserve(at_least: int, connection: sqlite3.Connection) -> int:

@@ -1,0 +1,193 @@
+"""What fails on the way to one node is that node's, and nobody else's."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import AgentSnapshot
+from arriero.contracts.records import Capabilities, RunRecord
+from arriero.contracts.states import NodeState
+from arriero.fabrics.base import Connection, NodeAddress
+from arriero.fabrics.local import LocalConnection
+from arriero.orchestrator.cascade import Leaving, leave
+from arriero.orchestrator.feed import Feed
+from arriero.orchestrator.links import NodeLink
+from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.reach import Line, SshReach
+from arriero.orchestrator.store.nodes import NodeEntry
+from arriero.runtime.clock import SystemClock
+from arriero.runtime.entropy import SystemEntropy
+from arriero.runtime.http import Http
+
+WAIT_S = 10.0
+
+
+class BrokenReach:
+    """A way to a node that has a defect of ours."""
+
+    drops = 0
+
+    async def line(self) -> NoReturn:
+        """Fail."""
+        raise ValueError("nobody thought of this")
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Never be asked."""
+        raise AssertionError
+
+    async def drop(self, above: int = 0) -> None:
+        """Take note."""
+        self.drops += 1
+
+
+def registered(registry: NodeRegistry, name: str) -> Node:
+    has = Capabilities(
+        name=name, version="0.1.0", api_version=1, backends=["cpu"], devices=[], engines={},
+        ram_mb=8000, ram_free_mb=4000, disk_free_mb=9000, cpu_cores=2, os="linux", arch="x86_64",
+    )  # fmt: skip
+    return registry.add(NodeEntry(name=name, ssh="u@h", install_path="arr", capabilities=has))
+
+
+class Nobody:
+    """A membership of which nobody is let go."""
+
+    async def let_go(self, name: str) -> None:
+        """Never be asked."""
+        raise AssertionError(name)
+
+
+class GoneConnection(LocalConnection):
+    """One that is lost at once."""
+
+    async def closed(self) -> str:
+        """Tell it."""
+        return "cut"
+
+
+class GoneReach(BrokenReach):
+    """A way to a node that breaks as soon as it is there."""
+
+    def __init__(self, gone: Line) -> None:
+        self._gone = gone
+
+    async def line(self) -> Line:  # type: ignore[override]
+        """Return what is gone."""
+        return self._gone
+
+    async def agent(self, line: Line) -> RunRecord:
+        """Know that nobody can be asked."""
+        fail(ErrorCode.NODE_UNREACHABLE, "the connection is gone")
+
+
+def held(registry: NodeRegistry, name: str, http: Http) -> tuple[Node, Line]:
+    """Return a node that was held until now, and its line, over which nothing leads to it any more."""
+    node = registered(registry, name)
+    line = Line(GoneConnection(SystemEntropy(), Path()), http, holder_id="o-1", lease=1)
+    snapshot = AgentSnapshot(capabilities=node.capabilities, workers=[], downloads=[], worker_tokens={})
+    agent = RunRecord(pid=1, url="http://127.0.0.1:9", version="0.1.0", started=0.0)
+    registry.joined(snapshot, line, agent, name=name)
+    assert node.state is NodeState.READY
+    return node, line
+
+
+async def test_a_node_whose_connection_is_gone_is_no_choice_from_then_on() -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    async with Http() as http, asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        node, line = held(registry, "far", http)
+        link = NodeLink(registry, GoneReach(line), clock, SystemEntropy(), node_timeout_s=60, name="far")
+        task = group.create_task(link.run())
+        while node.state is not NodeState.UNREACHABLE:
+            await registry.changed.wait()
+        task.cancel()
+
+
+@pytest.mark.parametrize("cascades", [False, True])
+async def test_an_orchestrator_leaves_also_when_a_line_has_gone_that_moment(cascades: bool) -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    membership: Any = Nobody()
+    async with Http() as http, asyncio.timeout(WAIT_S):
+        held(registry, "far", http)
+        await leave(Leaving(cascades=cascades), registry, membership, grace_s=1, clock=clock)
+
+
+async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    node = registered(registry, "far")
+    reach = BrokenReach()
+    link = NodeLink(registry, reach, clock, SystemEntropy(), node_timeout_s=60, name="far")
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        task = group.create_task(link.run())
+        while node.state is not NodeState.UNREACHABLE:
+            await registry.changed.wait()
+        assert node.error is not None and node.error.code == ErrorCode.INTERNAL_ERROR
+        assert reach.drops, "the next line is a new one"
+        task.cancel()
+
+
+class Kept(LocalConnection):
+    """One that tells whether it was closed."""
+
+    is_closed = False
+
+    async def aclose(self) -> None:
+        """Take note."""
+        self.is_closed = True
+
+
+class Slow:
+    """Connects at once; a number for the lease takes for ever."""
+
+    holder_id = "o-1"
+
+    def __init__(self) -> None:
+        self.connection = Kept(SystemEntropy(), Path())
+        self.asked = asyncio.Event()
+
+    async def connect(self, address: NodeAddress) -> Connection:
+        """Return the one connection."""
+        return self.connection
+
+    async def next_lease(self, above: int = 0) -> int:
+        """Never return."""
+        self.asked.set()
+        await asyncio.Event().wait()
+        return 1
+
+
+async def test_a_connection_that_nobody_waits_for_any_more_is_closed() -> None:
+    slow = Slow()
+    entry = NodeEntry(name="far", ssh="u@h", install_path="arr")
+    async with Http() as http, asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        task = group.create_task(SshReach(entry, slow, http, slow, SystemClock()).line())
+        await slow.asked.wait()
+        task.cancel()
+    assert slow.connection.is_closed
+
+
+async def test_nothing_begins_anew_towards_a_socket_that_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "end"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, path)
+    async with Http() as http, server:
+        peer = http.peer("http://127.0.0.1:9", socket_path=str(path))
+        await peer.call("GET", "/v1/health")
+        path.unlink()
+        await http.forget(str(path))
+        with pytest.raises(ArrieroError) as caught:
+            await peer.call("GET", "/v1/health")
+        assert caught.value.code is ErrorCode.NODE_UNREACHABLE
+        # Else one session would stay for each socket that ever was.
+        with pytest.raises(FileNotFoundError):
+            http.session(str(path))
