@@ -228,6 +228,18 @@ def test_the_machine_of_another_orchestrator_is_left_alone(home: Home, remote: R
     assert home.run(*COUNT, "--node", "far").code == 0
 
 
+def test_a_lost_database_does_not_lose_its_machines_for_ever(home: Home, remote: Remote) -> None:
+    added(home, remote)
+    agent = remote.run_record()["pid"]
+    home.kill(home.pid("orchestrator"))
+    for file in home.state.home.glob("orchestrator.db*"):
+        file.unlink()
+    assert home.run("up", "-q").code == 0
+    until("who held it is missed", lambda: remote.add(home, "anew", "-q").code == 0)
+    assert remote.run_record()["pid"] == agent
+    assert home.run(*COUNT, "--node", "anew").out.strip() == ANSWER
+
+
 def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_path: Path) -> None:
     assert home.run("up", "-q").code == 0
     adding = home.start(

@@ -13,6 +13,7 @@ from tests.support.home import Home, until
 from tests.support.remote import Remote
 
 from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.runtime.state_dir import StateDir
 from arriero.testing.sshd import sshd_path
 
 pytestmark = [
@@ -120,3 +121,27 @@ def test_a_machine_is_one_node_by_whatever_address(
         )
         home.run("nodes", "drain", "far")
         assert home.run("nodes", "undrain", "far").err == "[orchestrator] far takes work again\n"
+        # A command that starts the next orchestrator waits until the machine that it names has joined.
+        home.kill(home.pid("orchestrator"))
+        for way in (("--node", "far"), ("--label", "room=attic")):
+            answer = home.run("infer", "--model", "demo", "--temperature", "0", *way, "Count from 5 to 7.")
+            assert (answer.code, answer.out.strip()) == (0, "5 6 7"), answer
+            home.kill(home.pid("orchestrator"))
+        assert home.run("up", "-q").code == 0
+        server.kill()
+        kept = home.run("nodes", "remove", "far", "--json").json["error"]
+        assert kept["code"] == "NODE_UNREACHABLE"
+        assert "nodes remove far --force" in kept["details"]["suggested_action"]
+        assert home.run("nodes", "remove", "far", "--force", "-q").code == 0
+        assert "nothing to upgrade" in home.run("nodes", "upgrade", "--all").err
+        # What went on there meanwhile is found again, under whatever name.
+        server.start()
+        (worker,) = (run.record.worker_id for run in StateDir(remote.path / "home").worker_runs())
+        again = home.run("nodes", "add", "again", "--ssh", server.target, *given, "-q")
+        assert again.code == 0, again
+        assert [(each["worker_id"], each["node"]) for each in home.workers()] == [(worker, "again")]
+        answer = home.run(
+            "infer", "--model", "demo", "--temperature", "0", "--node", "again", "Count from 5 to 7."
+        )
+        assert (answer.code, answer.out.strip()) == (0, "5 6 7"), answer
+        assert home.run("nodes", "remove", "again", "-q").code == 0

@@ -130,7 +130,7 @@ class NodeLease:
 
     def check(self, asked: Fence) -> None:
         """Raise LEASE_SUPERSEDED for a request of who does not hold this machine (any more)."""
-        decision = leases.may_ask(self._lease(), asked)
+        decision = leases.may_ask(self._lease(), asked, silence_max_s=self._silence_max_s)
         if isinstance(decision, Refused):
             self._refuse(decision, asked)
 

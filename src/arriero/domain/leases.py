@@ -49,11 +49,15 @@ def may_hold(lease: Lease, asked: Fence, *, silence_max_s: float) -> Granted | R
     return Granted(is_new=True)
 
 
-def may_ask(lease: Lease, asked: Fence) -> Granted | Refused:
-    """Decide whether any other request is answered: the holder's, under the newest number or a later one."""
+def may_ask(lease: Lease, asked: Fence, *, silence_max_s: float) -> Granted | Refused:
+    """Decide whether any other request is answered: the holder's, under the newest number or a later one.
+
+    Where the holder has been silent for long enough, another's is, too: it asks before it takes over.
+    """
     if asked.number < lease.fence.number:
         return Refused("a newer connection, or another orchestrator, has taken the node over")
-    if lease.fence != NEVER and asked.holder != lease.fence.holder:
+    is_anothers = lease.fence != NEVER and asked.holder != lease.fence.holder
+    if is_anothers and (lease.silent_s < silence_max_s or asked.number == lease.fence.number):
         return Refused("another orchestrator holds the node")
     return Granted()
 

@@ -288,7 +288,10 @@ class NodeRegistry:
             if record.worker_id not in told:
                 self._end_unseen(record)
         for record in snapshot.workers:
-            self.observe(record, snapshot.worker_tokens.get(record.worker_id, ""))
+            if record.state not in WORKERS.final:
+                # It ended for us when its machine was forgotten; the machine is back, and so is it.
+                self._ended.pop(record.worker_id, None)
+            self.observe(_here(name, record), snapshot.worker_tokens.get(record.worker_id, ""))
         if node.state is NodeState.JOINING:
             self._step(node, NodeState.READY)
         else:
@@ -311,7 +314,7 @@ class NodeRegistry:
             node.error = None
             self._follow_wish(node)
         if isinstance(event, WorkerChanged):
-            self.observe(event.worker, event.worker_token)
+            self.observe(_here(node.name, event.worker), event.worker_token)
         elif isinstance(event, DownloadChanged):
             download = _on(node.name, event.download)
             node.downloads[download.download_id] = download
@@ -407,6 +410,11 @@ class NodeRegistry:
 
 def _on(node: str, download: DownloadRecord) -> DownloadRecord:
     return msgspec.structs.replace(download, node=node)
+
+
+def _here(node: str, worker: WorkerRecord) -> WorkerRecord:
+    # An agent that was there before its machine was added goes by another name.
+    return worker if worker.node == node else msgspec.structs.replace(worker, node=node)
 
 
 def _forget_old(downloads: dict[str, DownloadRecord]) -> None:

@@ -270,6 +270,7 @@ class ModelProvisioner:
         record = await node.peer.call(
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
+        record = msgspec.structs.replace(record, node=node.name)
         # Its event may have been quicker than this answer: then we know more already.
         if self._registry.workers.find(record.worker_id) is None:
             self._registry.observe(record)

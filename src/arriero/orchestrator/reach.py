@@ -275,15 +275,25 @@ async def ask_capabilities(
 ) -> Capabilities:
     """Return what the agent of a machine tells of it, over a connection of its own.
 
-    Raises NOT_RUNNING, NODE_UNREACHABLE.
+    Raises NOT_RUNNING, NODE_UNREACHABLE; LEASE_SUPERSEDED if another orchestrator holds it now.
     """
-    line = Line(connection, http, holder_id=leases.holder_id, lease=await leases.next_lease())
     record = await read_run_record(entry, connection)
-    await line.open(record.url)
-    try:
-        return await line.peer(record.url, record.token).call("GET", "/v1/capabilities", answer=Capabilities)
-    finally:
-        await line.shut(record.url)
+    above = 0
+    while True:
+        lease = await leases.next_lease(above)
+        line = Line(connection, http, holder_id=leases.holder_id, lease=lease)
+        await line.open(record.url)
+        try:
+            peer = line.peer(record.url, record.token)
+            return await peer.call("GET", "/v1/capabilities", answer=Capabilities)
+        except ArrieroError as error:
+            number = error.details.get("number")
+            if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
+                raise
+            # Whoever held it may be gone for good, and numbers rise whoever holds: once more, with a larger one.
+            above = number
+        finally:
+            await line.shut(record.url)
 
 
 async def connect(fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]) -> Connection:

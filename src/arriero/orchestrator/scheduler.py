@@ -1,7 +1,7 @@
 """Which worker computes a request, and what does the person hear while there is none yet?"""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, TypeAlias
 
@@ -108,7 +108,7 @@ class Scheduler:
         Raises why no worker can be had: NO_CAPACITY, NODE_UNREACHABLE, the download's or the
         worker's own error…
         """
-        await self.joined(wants.node)
+        await self.joined(wants.node, wants.labels)
         for _ in range(CHOICES_MAX):
             lease = self.try_lease(wants)
             if lease is not None:
@@ -151,18 +151,22 @@ class Scheduler:
 
     # --- Waiting -------------------------------------------------------------------------
 
-    async def joined(self, name: str | None) -> None:
-        """Right after our start, wait for the node that is asked for, or for any."""
-        while not self._has_joined(name):
+    async def joined(self, name: str | None, labels: Sequence[tuple[str, str]] = ()) -> None:
+        """Right after our start, wait for the node that is asked for, or for any with these labels."""
+        while not self._has_joined(name, labels):
             left_s = self._join_until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
 
-    def _has_joined(self, name: str | None) -> bool:
-        if name is None:
-            return self._registry.is_ready()
-        node = self._registry.find(name)
-        return node is not None and node.state is not NodeState.JOINING
+    def _has_joined(self, name: str | None, labels: Sequence[tuple[str, str]]) -> bool:
+        if name is not None:
+            node = self._registry.find(name)
+            return node is not None and node.state is not NodeState.JOINING
+        meant = [
+            node.state for node in self._registry.nodes() if set(labels) <= set(node.entry.labels.items())
+        ]
+        # Registered machines are connected to one by one: others being ready says nothing of these.
+        return NodeState.READY in meant or (self._registry.is_ready() and NodeState.JOINING not in meant)
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         job.followers += 1
