@@ -290,7 +290,7 @@ async def ask_capabilities(
             number = error.details.get("number")
             if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
                 raise
-            # Whoever held it may be gone for good, and numbers rise whoever holds: once more, with a larger one.
+            # Who held it may be gone for good, and numbers rise whoever holds: once more, with a larger one.
             above = number
         finally:
             await line.shut(record.url)
