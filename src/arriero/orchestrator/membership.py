@@ -48,6 +48,8 @@ class Membership:
         self._stop = stop
         self._log = logs.get("arriero.nodes")
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Of two changes of an address at once, each would begin a link, and one of them never end.
+        self._updating = asyncio.Lock()
 
     async def begin(self, local: Reach) -> None:
         """Hold this machine's agent, whenever there is one, and all machines that are registered."""
@@ -127,6 +129,10 @@ class Membership:
 
         Raises NODE_NOT_FOUND, INVALID_REQUEST; then nothing is changed.
         """
+        async with self._updating:
+            return await self._update(name, body)
+
+    async def _update(self, name: str, body: NodeUpdateBody) -> Node:
         before = self._registry.node(name).entry
         changes: dict[str, object] = {}
         if body.labels:
