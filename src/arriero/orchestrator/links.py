@@ -133,30 +133,35 @@ class NodeLink:
 
     async def _hold_once(self) -> None:
         line = await self._reach.line()
-        async with asyncio.TaskGroup() as group:
-            # What is lost on the way is noticed there before the agent's silence tells.
-            watch = group.create_task(self._drop_when_closed(line), name="line-closed")
+        failed: ArrieroError | None = None
+
+        async def hold() -> None:
+            nonlocal failed
             try:
                 await self._find_and_hold(line)
             except ArrieroError as error:
-                failed: ArrieroError | None = error
-            else:
-                failed = None
+                failed = error
+
+        async with asyncio.TaskGroup() as group:
+            held = group.create_task(hold(), name="line-held")
+            # What is lost on the way is noticed there before the agent's silence tells.
+            gone = group.create_task(line.connection.closed(), name="line-closed")
+            await asyncio.wait((held, gone), return_when=asyncio.FIRST_COMPLETED)
             # A line that was gone before we began fails at once: the watch has to begin to see it.
             await asyncio.sleep(0)
-            if not line.is_gone:
-                watch.cancel()
+            is_gone = gone.done()
+            held.cancel()
+            gone.cancel()
+        if is_gone:
+            why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"connection gone: {gone.result()}")
+            self._log.info("connection gone", node=self._name, why=gone.result())
+            if self._node is not None:
+                # Nothing leads to its workers until the next one: they are no choice meanwhile.
+                self._registry.unreachable(self._node, why)
+            await self._reach.drop()
+            failed = failed or why
         if failed is not None:
             raise failed
-
-    async def _drop_when_closed(self, line: Line) -> None:
-        why = await line.connection.closed()
-        self._log.info("connection gone", node=self._name, why=why)
-        if self._node is not None:
-            # Nothing leads to its workers until the next one: they are no choice meanwhile.
-            gone = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"connection gone: {why}", node=self._node.name)
-            self._registry.unreachable(self._node, gone)
-        await self._reach.drop()
 
     async def _find_and_hold(self, line: Line) -> None:
         """Hold the agent over one line; one that is gone may come back, and is started again if not."""
