@@ -408,13 +408,22 @@ async def test_a_port_there_ends_with_the_connection_and_what_goes_through_it_to
 async def _silent(path: Path) -> AsyncIterator[SocketPath]:
     """Accept, and never answer."""
 
+    served: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
+        served[asyncio.current_task()] = writer
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
         writer.close()
+        del served[asyncio.current_task()]
 
     server = await asyncio.start_unix_server(serve, path)
     async with server:
         yield SocketPath(path)
+    # Who looked whether anything still listens may have come through just before it did not.
+    for writer in served.values():
+        writer.transport.abort()
+    await until("nobody is served any more", lambda: not served)
 
 
 def _listens(port: int) -> bool:
