@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import asyncssh
 
@@ -16,6 +16,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import OUTPUT_BYTES_MAX, Completed, LocalEnd, SocketPath
 from arriero.fabrics.outcome import Kept, checked, not_begun, not_ended
 from arriero.fabrics.quoting import PID_MARK, command_line
+from arriero.fabrics.splice import Splices
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.processes import exit_code_of
 
@@ -107,6 +108,7 @@ class SshConnection:
         self._own_dir: Path | None = None
         self._ends: dict[int, tuple[SocketPath, asyncssh.SSHListener]] = {}
         self._exposed: dict[LocalEnd, asyncssh.SSHListener] = {}
+        self._splices = Splices(asyncssh.Error)
         self._forwarding = asyncio.Lock()
         self._are_ports_let = False
         self._sessions = asyncio.Semaphore(SESSIONS_MAX)
@@ -149,9 +151,11 @@ class SshConnection:
             yield
         except BaseException:
             try:
-                if command.pid is not None:
-                    with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
-                        async with asyncio.timeout(END_TIMEOUT_S):
+                with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
+                    async with asyncio.timeout(END_TIMEOUT_S):
+                        # It may run already, and its word of that be on its way.
+                        await command.started()
+                        if command.pid is not None:
                             script = command_line(["sh", "-c", _END, "sh", str(command.pid)])
                             ending = await self._connection.create_process(script, encoding=None)
                             await ending.wait_closed()
@@ -307,9 +311,14 @@ class SshConnection:
             )
 
     async def _listen_there(self, end: LocalEnd) -> asyncssh.SSHListener:
-        if isinstance(end, SocketPath):
-            return await self._connection.forward_remote_port_to_path("127.0.0.1", 0, str(end.path))
-        return await self._connection.forward_remote_port("127.0.0.1", 0, end.host, end.port)
+        # Carried by ourselves: what the library connects to an end while the connection goes, it leaves open.
+        async def serve(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
+            await self._splices.serve(end, reader, writer)
+
+        def accepted(_host: str, _port: int) -> Any:
+            return serve
+
+        return await self._connection.start_server(accepted, "127.0.0.1", 0, encoding=None)
 
     async def unexpose(self, end: LocalEnd) -> None:
         """Close an end's port there; connections that are open stay.  Safe to call twice."""
@@ -327,11 +336,13 @@ class SshConnection:
         """Wait until the connection is gone, at most 3 s after the machine fell silent; return why."""
         why = await self._gone.wait()
         self._forget_ends()
+        await self._splices.aclose()
         return why
 
     async def aclose(self) -> None:
         """End the connection.  Safe to call twice."""
         listeners = self._forget_ends()
+        await self._splices.aclose()
         self._connection.close()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -428,18 +439,21 @@ class _Command:
                 await self.process.stdin.drain()
             self.process.stdin.write_eof()
 
-    async def _keep_output(self) -> None:
+    async def started(self) -> None:
+        """Read until it has told its process id, or its output ends."""
         # What a login shell's own start says comes before the mark; none of it is the command's.
+        while self.pid is None and (chunk := await self.process.stdout.read(65_536)):
+            self.before = self.before[-BEFORE_BYTES_MAX:] + chunk
+            found = _PID_LINE.search(self.before)
+            if found is not None:
+                self.pid = int(found[1])
+                self._stdout.feed(self.before[found.end() :])
+
+    async def _keep_output(self) -> None:
         with contextlib.suppress(asyncssh.Error, OSError):
+            await self.started()
             while chunk := await self.process.stdout.read(65_536):
-                if self.pid is not None:
-                    self._stdout.feed(chunk)
-                    continue
-                self.before = self.before[-BEFORE_BYTES_MAX:] + chunk
-                found = _PID_LINE.search(self.before)
-                if found is not None:
-                    self.pid = int(found[1])
-                    self._stdout.feed(self.before[found.end() :])
+                self._stdout.feed(chunk)
 
     async def _keep_errors(self) -> None:
         with contextlib.suppress(asyncssh.Error, OSError):
