@@ -24,7 +24,7 @@ from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import address_of, ask_capabilities, connect, read_run_record
+from arriero.orchestrator.reach import address_of, ask_capabilities, connected, read_run_record
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
@@ -170,7 +170,7 @@ class Adding:
         ):
             # What was begun under this name meanwhile may have come to its end.
             self.check(body)
-            async with self._connected(entry, tell) as connection:
+            async with connected(self._fabric, entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 # Before anything is put there.
                 await connection.forward(ANY_PORT)
@@ -214,14 +214,6 @@ class Adding:
                     "reached by this address",
                 )
         return True
-
-    @contextlib.asynccontextmanager
-    async def _connected(self, entry: NodeEntry, tell: Tell) -> AsyncIterator[Connection]:
-        connection = await connect(self._fabric, entry, tell)
-        try:
-            yield connection
-        finally:
-            await connection.aclose()
 
     @contextlib.asynccontextmanager
     async def _taken_back(self, entry: NodeEntry, begun: Begun, tell: Tell) -> AsyncIterator[None]:

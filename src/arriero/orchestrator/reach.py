@@ -5,7 +5,8 @@ makes lines, and finds the agent at their other end.
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
 import msgspec
@@ -296,8 +297,11 @@ async def ask_capabilities(
             await line.shut(record.url)
 
 
-async def connect(fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]) -> Connection:
-    """Connect to a machine for a piece of work, telling each step.
+@contextlib.asynccontextmanager
+async def connected(
+    fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]
+) -> AsyncIterator[Connection]:
+    """Hold a connection to a machine for a piece of work, telling each step.
 
     The key's file is checked before anything is sent.  Raises SSH_KEY_UNUSABLE, SSH_HOST_KEY_UNKNOWN,
     SSH_HOST_KEY_CHANGED, SSH_AUTH_FAILED, NODE_UNREACHABLE.
@@ -309,4 +313,7 @@ async def connect(fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], N
     tell(NodeStep(step="connect", message=f"connects to {address}"))
     connection = await fabric.connect(address)
     tell(NodeStep(step="login", message=f"{address} let us in; its host key is the one that is known"))
-    return connection
+    try:
+        yield connection
+    finally:
+        await connection.aclose()

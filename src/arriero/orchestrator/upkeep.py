@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -18,7 +17,7 @@ from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import ask_capabilities, connect
+from arriero.orchestrator.reach import ask_capabilities, connected
 from arriero.orchestrator.scheduler import Scheduler
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime.clock import Clock
@@ -92,7 +91,7 @@ class Upkeep:
         """
         entry = self._membership.remote(name)
         async with self._underway.only(name, "upgraded", tell):
-            async with self._connected(entry, tell) as connection:
+            async with connected(self._fabric, entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 # No worker may begin between two versions.
                 with self._registry.paused(name) as node:
@@ -162,7 +161,7 @@ class Upkeep:
             left = "" if purge else f"; models and environment stay in {entry.install_path} there"
             try:
                 async with (
-                    self._connected(entry, tell) as connection,
+                    connected(self._fabric, entry, tell) as connection,
                     self._membership.without_link(name, "removed"),
                 ):
                     await self._machines.remove(connection, entry.install_path, tell, purge=purge)
@@ -183,22 +182,14 @@ class Upkeep:
     async def doctor(self, name: str) -> list[Finding]:
         """Look for what is wrong with a machine.  Raises what connecting raises."""
         entry = self._membership.remote(name)
-        async with self._connected(entry, _unheard) as connection:
+        async with connected(self._fabric, entry, _unheard) as connection:
             return await self._machines.doctor(connection, entry.install_path)
 
     async def logs(self, name: str, lines: int) -> bytes:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""
         entry = self._membership.remote(name)
-        async with self._connected(entry, _unheard) as connection:
+        async with connected(self._fabric, entry, _unheard) as connection:
             return await self._machines.logs(connection, entry.install_path, lines)
-
-    @contextlib.asynccontextmanager
-    async def _connected(self, entry: NodeEntry, tell: Tell) -> AsyncIterator[Connection]:
-        connection = await connect(self._fabric, entry, tell)
-        try:
-            yield connection
-        finally:
-            await connection.aclose()
 
 
 def _unheard(_: NodeStep) -> None:
