@@ -35,6 +35,7 @@ from arriero.agent.worker_logs import prune, rotate
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
+from arriero.contracts.peers import reading_token, reads_models
 from arriero.contracts.records import DownloadRecord, RunRecord, WorkerList, WorkerRecord
 from arriero.contracts.requests import ShutdownBody
 from arriero.contracts.version import __version__
@@ -223,6 +224,8 @@ class _Agent:
             guard = Guard(
                 Leased(self._app(), self._lease),
                 token=self._token,
+                reading_token=reading_token(self._token),
+                is_reading=reads_models,
                 open_paths=frozenset({READY_PATH}),
                 body_bytes_max_of=BODY_LIMITS,
             )

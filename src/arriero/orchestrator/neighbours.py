@@ -7,6 +7,7 @@ inside the other's, to the other's agent.
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError
+from arriero.contracts.peers import reading_token
 from arriero.contracts.requests import PeerSource
 from arriero.contracts.states import NodeState
 from arriero.fabrics.base import LocalEnd
@@ -62,4 +63,6 @@ class Neighbours:
             await before[0].connection.unexpose(before[1])
         port = await line.connection.expose(end)
         self._ways[key] = (line, end)
-        return PeerSource(url=f"http://127.0.0.1:{port}", token=agent.token, node=other.name)
+        # What holds this reads models there, and commands nothing.
+        token = reading_token(agent.token)
+        return PeerSource(url=f"http://127.0.0.1:{port}", token=token, node=other.name)
