@@ -31,7 +31,7 @@ from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
 from arriero.agent.spawner import Spawner
 from arriero.agent.supervisor import Supervisor
-from arriero.agent.worker_logs import prune, rotate
+from arriero.agent.worker_logs import prune
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
@@ -48,6 +48,7 @@ from arriero.runtime.clock import Clock, SystemClock
 from arriero.runtime.entropy import Entropy, SystemEntropy
 from arriero.runtime.http import Http
 from arriero.runtime.litestar_app import make_app
+from arriero.runtime.log_files import rotate
 from arriero.runtime.serve import bind, serve, url_of
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir
@@ -313,7 +314,7 @@ class _Agent:
             self._supervisor.tidy()
             self._supervisor.stop_bound(self._has_gone)
             live = self._supervisor.live_logs()
-            for path in live:
+            for path in (self._state.log_file("agent"), *live):
                 await asyncio.to_thread(rotate, path, self._settings.log_bytes_max)
             await asyncio.to_thread(prune, self._state.logs / "workers", live)
 
