@@ -93,16 +93,18 @@ class Neighbours:
 
     async def _close_forever(self) -> None:
         while True:
-            over = {key: way for key, way in self._ways.items() if not self._holds(key, way)}
-            for key in over:
-                del self._ways[key]
-            if not over:
+            if not await self._closed_some():
                 await self._registry.changed.wait()
                 await self._clock.sleep_s(LOOK_EVERY_S)
-                continue
-            async with asyncio.TaskGroup() as group:
-                for way in over.values():
-                    group.create_task(self._close(way), name="close-way")
+
+    async def _closed_some(self) -> bool:
+        over = {key: way for key, way in self._ways.items() if not self._holds(key, way)}
+        for key in over:
+            del self._ways[key]
+        async with asyncio.TaskGroup() as group:
+            for way in over.values():
+                group.create_task(self._close(way), name="close-way")
+        return bool(over)
 
     def _holds(self, key: tuple[str, str], way: _Way) -> bool:
         """Return whether both of its ends are those that the nodes have now."""

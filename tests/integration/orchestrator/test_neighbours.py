@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from arriero.contracts.events import AgentSnapshot
@@ -70,6 +71,19 @@ class Joined:
         return self._registry.joined(snapshot, self.line, agent, name=self._has.name)
 
 
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for a condition; the test's own limit ends it."""
+    while not is_so():  # noqa: ASYNC110 - Nobody tells of it.
+        await asyncio.sleep(0)
+
+
+def end_closing() -> None:
+    """Let the orchestrator end."""
+    for task in asyncio.all_tasks():
+        if task.get_name() == "close-ways":
+            task.cancel()
+
+
 async def test_a_thousand_machines_that_come_and_go_leave_no_way_behind() -> None:
     registry = NodeRegistry(SystemClock(), Feed())
     lines: list[weakref.ref[Line]] = []
@@ -92,13 +106,9 @@ async def test_a_thousand_machines_that_come_and_go_leave_no_way_behind() -> Non
             if not number % 2:
                 registry.removed(theirs.name)
             del other, theirs
-        while here.connection.exposed:
-            await asyncio.sleep(0)
-        neighbours_task = [task for task in asyncio.all_tasks() if task.get_name() == "close-ways"]
-        gc.collect()
-        assert not [line for line in lines if line() is not None]
-        for task in neighbours_task:
-            task.cancel()
+        await until(lambda: not here.connection.exposed)
+        await until(lambda: gc.collect() >= 0 and not any(line() for line in lines))
+        end_closing()
 
 
 async def test_an_agent_that_starts_anew_is_not_reached_by_its_old_port() -> None:
@@ -113,10 +123,7 @@ async def test_an_agent_that_starts_anew_is_not_reached_by_its_old_port() -> Non
         await far.line.shut(other.agent.url)
         await far.answers(9202)
         # Nobody asks for anything: it is closed all the same.
-        while here.connection.exposed:
-            await asyncio.sleep(0)
+        await until(lambda: not here.connection.exposed)
         await neighbours.sources_for(node, MODEL)
         assert len(here.connection.exposed) == 1 and here.connection.exposed != before
-        for task in asyncio.all_tasks():
-            if task.get_name() == "close-ways":
-                task.cancel()
+        end_closing()
