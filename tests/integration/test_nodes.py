@@ -276,7 +276,9 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
     done = home.run("nodes", "upgrade", "--all", "--json", **new)
     # The one that cannot be reached keeps no other from its upgrade.
     assert done.code == 1, done
-    assert {name: error["code"] for name, error in done.json["failed"].items()} == {"away": "NODE_UNREACHABLE"}
+    assert {name: error["code"] for name, error in done.json["failed"].items()} == {
+        "away": "NODE_UNREACHABLE"
+    }
     assert "not upgraded: away" in done.err
     assert [(each["name"], each["version"], each["status"]) for each in done.json["nodes"]] == [
         ("far", "0.2.0", "ready")
@@ -332,13 +334,19 @@ def test_a_removal_that_is_interrupted_leaves_a_node_that_works(home: Home, remo
 
 
 def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
-    home: Home, remote: Remote
+    home: Home, remote: Remote, tmp_path: Path
 ) -> None:
     added(home, remote)
-    with home.start("nodes", "upgrade", "far") as upgrading:
+    assert home.run("down").code == 0
+    newer = other_version(tmp_path / "newer", "0.2.0")
+    remote.prepare(newer)
+    assert home.run("up", "-q", PYTHONPATH=str(newer)).code == 0
+    with home.start("nodes", "upgrade", "far", PYTHONPATH=str(newer)) as upgrading:
         said(upgrading, "takes no new work")
         home.kill(home.pid("orchestrator"))
         upgrading.kill()
+    # The agent before runs, and fits the orchestrator before.
+    assert home.run("down").code == 0
     assert home.run("up", "-q").code == 0
     status_is(home, "far", "ready", 40)
 
@@ -363,9 +371,14 @@ def test_an_upgrade_that_does_not_do_goes_back(home: Home, remote: Remote, tmp_p
     # What answers as it should, and cannot join.
     strange = other_version(tmp_path / "strange", "0.2.0")
     agent = strange / "arriero/agent/app.py"
-    snapshot, strangely = "capabilities=self._machine.capabilities()", "msgspec.structs.replace({}, api_version=99)"
+    snapshot, strangely = (
+        "capabilities=self._machine.capabilities()",
+        "msgspec.structs.replace({}, api_version=99)",
+    )
     assert snapshot in agent.read_text()
-    words = agent.read_text().replace(snapshot, f"capabilities={strangely.format(snapshot.partition('=')[2])}")
+    words = agent.read_text().replace(
+        snapshot, f"capabilities={strangely.format(snapshot.partition('=')[2])}"
+    )
     agent.write_text(words.replace("import asyncio\n", "import asyncio\nimport msgspec\n", 1))
     new = {"PYTHONPATH": str(newer)}
     assert home.run("up", "-q", **new).code == 0
