@@ -69,6 +69,7 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
     assert "agent_answers" in home.run("nodes", "logs", "far").out
     findings = {each["name"]: each for each in home.run("nodes", "doctor", "far", "--json").json["findings"]}
     assert findings["agent"]["is_ok"] and findings["environment"]["is_ok"], findings
+    assert "the same machine as box" in findings["memory"]["message"]
     listening = {
         f"{connection.laddr.ip}"
         for process in remote.processes()

@@ -119,6 +119,8 @@ def test_a_machine_is_one_node_by_whatever_address(
         joined = home.run("nodes", "add", "far", "--ssh", server.target, *given, "--json")
         assert joined.code == 0, joined
         assert joined.json["key_path"] == str(tmp_path / "far/key")
+        assert "the same machine as box: its memory is shared" in joined.err
+        assert joined.json["same_machine_as"] == ["box"]
         lease = joined.json["lease"]
         again = home.run("nodes", "add", "near", "--ssh", f"localhost:{server.port}", *given, "--json")
         error = again.json["error"]

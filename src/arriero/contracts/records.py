@@ -82,6 +82,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     arch: str
     #: What is wrong with the machine that a person should know: sentences with what to do.
     advice: list[str] = []
+    #: The same for all agents that share a machine's memory; empty where that is not known.
+    machine_id: str = ""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +126,9 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     advice: list[str] = []
     #: Time of one round trip over the connection, 0 where none was measured.
     latency_ms: float = 0.0
+    machine_id: str = ""
+    #: The other nodes that are the same machine.
+    same_machine_as: list[str] = []
 
 
 class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.membership import Membership
-from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import ask_capabilities, connected
 from arriero.orchestrator.scheduler import Scheduler
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
@@ -201,7 +201,11 @@ class Upkeep:
         """Look for what is wrong with a machine.  Raises what connecting raises."""
         entry = self._membership.remote(name)
         async with connected(self._fabric, entry, _unheard) as connection:
-            return await self._machines.doctor(connection, entry.install_path)
+            found = await self._machines.doctor(connection, entry.install_path)
+        node = self._registry.find(name)
+        if node is not None and node.same_machine_as:
+            found.append(Finding(name="memory", is_ok=True, message=shared_memory(node.same_machine_as)))
+        return found
 
     async def logs(self, name: str, lines: int) -> bytes:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""

@@ -24,7 +24,7 @@ from arriero.domain.speeds import Speeds
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.runtime.clock import Clock
 
-_NO_PROMISES: Final[Mapping[str, int]] = {}
+_ANSWERS: Final = frozenset({NodeState.READY, NodeState.DRAINING})
 
 
 @dataclass(slots=True)
@@ -205,7 +205,7 @@ class PoolViews:
         seen.devices = tuple(devices)
         seen.promised_mb = promised_mb
         self._ledger.beat(name)
-        self._see(seen)
+        self._moved(seen)
 
     def models_told(self, name: str, models: Iterable[ModelRecord]) -> None:
         """Take a node's catalog."""
@@ -277,14 +277,14 @@ class PoolViews:
     def reserve(self, node: str, device: str, needed_mb: int) -> Movement:
         """Count memory as given away, for a worker that is being made."""
         movement = self._ledger.take(node, device, needed_mb)
-        self._see(self._seen[node])
+        self._moved(self._seen[node])
         return movement
 
     def unreserve(self, movement: Movement) -> None:
         """Take a reservation back; safe to call twice."""
         self._ledger.cancel(movement)
         if movement.node in self._seen:
-            self._see(self._seen[movement.node])
+            self._moved(self._seen[movement.node])
 
     # --- Views ------------------------------------------------------------------------------
 
@@ -309,14 +309,27 @@ class PoolViews:
                 record.name, lambda worker: replace(worker, node_state=view.state, labels=view.labels)
             )
 
+    def _moved(self, seen: _Seen) -> None:
+        """Take note of what is promised on a node, for all nodes that are the same machine."""
+        self._see(seen)
+        for name in seen.record.same_machine_as:
+            if name in self._seen:
+                self._see(self._seen[name])
+
+    def _promised_mb(self, seen: _Seen) -> Mapping[str, int]:
+        """Return the memory of a node's machine that is not free any more though nobody uses it yet."""
+        found: Mapping[str, int] = seen.promised_mb
+        others = [self._seen[name] for name in seen.record.same_machine_as if name in self._seen]
+        for told in [other.promised_mb for other in others if other.record.status in _ANSWERS]:
+            found = _added(found, told)
+        for name in (seen.record.name, *seen.record.same_machine_as):
+            if not self._ledger.is_empty(name):
+                found = _added(found, self._ledger.of(name))
+        return found
+
     def _see(self, seen: _Seen) -> NodeView:
         record = seen.record
-        promised_mb = seen.promised_mb
-        if not self._ledger.is_empty(record.name):
-            moved = self._ledger.of(record.name)
-            promised_mb = {
-                device: promised_mb.get(device, 0) + moved.get(device, 0) for device in {*promised_mb, *moved}
-            }
+        promised_mb = self._promised_mb(seen)
         view = NodeView(
             name=record.name,
             state=record.status,
@@ -356,7 +369,7 @@ class PoolViews:
                 del self._uses[worker_id]
             if before is not None and record.node in self._seen:
                 self._ledger.gave_back(record.node, record.device, self._memory_mb(before))
-                self._see(self._seen[record.node])
+                self._moved(self._seen[record.node])
             return
         self._records[worker_id] = record
         use = self._uses.setdefault(worker_id, _Use())
@@ -387,6 +400,10 @@ class PoolViews:
                 leaves_for=self._leaving.get(record.worker_id, ""),
             )
         )
+
+
+def _added(some_mb: Mapping[str, int], more_mb: Mapping[str, int]) -> Mapping[str, int]:
+    return {device: some_mb.get(device, 0) + more_mb.get(device, 0) for device in {*some_mb, *more_mb}}
 
 
 def is_local(model_ref: str) -> bool:
