@@ -65,6 +65,16 @@ LabelValue = Annotated[str, msgspec.Meta(pattern=LABEL_VALUE.pattern)]
 Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a request may be computed: the object `arriero` in the body of an OpenAI route."""
+
+    node: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    #: Only on nodes that have all of these.
+    labels: Labels = {}
+
+
 class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/tasks` of the orchestrator; without `model` it takes the setting `default_model`."""
 

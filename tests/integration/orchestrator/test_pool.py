@@ -142,6 +142,23 @@ def test_the_sdk_completes_embeds_and_lists(sdk: OpenAI) -> None:
     assert sdk.models.retrieve("demo").object == "model"
 
 
+def test_the_sdk_says_where_a_request_is_computed(sdk: OpenAI, demo_pool: Pool) -> None:
+    (here,) = demo_pool.orchestrator.nodes()
+    place = {"arriero": {"node": here.name, "backend": "cpu"}}
+    answer = sdk.chat.completions.with_raw_response.create(
+        model="demo", messages=COUNT, max_tokens=3, extra_body=place
+    )
+    assert answer.headers["X-Arriero-Node"] == here.name
+    assert sdk.embeddings.create(model="demo", input="one", extra_body=place).data
+    assert sdk.completions.create(model="demo", prompt="Once", max_tokens=3, extra_body=place).choices
+    with pytest.raises(openai.NotFoundError) as refused:
+        sdk.chat.completions.create(model="demo", messages=COUNT, extra_body={"arriero": {"node": "lima"}})
+    assert refused.value.code == "NODE_NOT_FOUND"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        sdk.completions.create(model="demo", prompt="x", extra_body={"arriero": {"nodes": ["lima"]}})
+    assert (wrong.value.code, wrong.value.param) == ("INVALID_REQUEST", "arriero.nodes")
+
+
 def test_the_sdk_raises_its_own_errors(sdk: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.chat.completions.create(model="gpt-4", messages=COUNT)

@@ -26,7 +26,7 @@ from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.routes.nodes import node_routes
-from arriero.orchestrator.routes.streams import decode_strictly
+from arriero.runtime import bodies
 
 #: `all=1` in a query.
 All: TypeAlias = Annotated[int, QueryParameter(name="all")]
@@ -106,7 +106,7 @@ def _placement_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/placements:explain", status_code=200)
     async def explain(request: Asked) -> PlacementExplained:
         """Say where a request would go now, and why nowhere else."""
-        body: TaskBody = decode_strictly(await request.body(), TaskBody)
+        body = bodies.decode(await request.body(), TaskBody)
         model = body.model or o.settings.default_model
         refs.parse(model)
         wants = Wants(model, body.node, body.backend, body.device, labels=labels_of(body.labels))
@@ -132,7 +132,7 @@ def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/workers", status_code=202)
     async def spawn(request: Asked, node: FromQuery[str | None] = None) -> WorkerRecord:
         """Start a worker; it comes back `starting`."""
-        asked: SpawnOnNode = decode_strictly(await request.body(), SpawnOnNode)
+        asked = bodies.decode(await request.body(), SpawnOnNode)
         given = msgspec.to_builtins(asked)
         on_node = node or given.pop("node", None)
         given.pop("node", None)
@@ -170,7 +170,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/downloads", status_code=202)
     async def start_download(request: Asked) -> DownloadAccepted:
         """Begin to fetch a model onto a node."""
-        body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
+        body = bodies.decode(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
         await o.scheduler.joined(body.node)
         node = o.node_for_download(Wants(body.model_ref, body.node))
