@@ -19,8 +19,7 @@ from arriero.domain.placement_memory import MIB, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
 from arriero.domain.placement_turns import Place
 from arriero.domain.placement_wants import ModelFacts
-from arriero.domain.placement_workers import WorkerIndex, WorkerView, speed_class
-from arriero.domain.speeds import Speeds
+from arriero.domain.placement_workers import WorkerIndex, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.runtime.clock import Clock
 
@@ -65,7 +64,8 @@ class PoolViews:
         self._holders: dict[str, dict[str, ModelRecord]] = {}
         self._loads: dict[str, int] = {}
         self._ledger = Ledger()
-        self.speeds = Speeds()
+        #: Tokens a second by model and node, as their workers told last; kept when those are gone.
+        self._speeds: dict[str, dict[str, float]] = {}
         self.workers = WorkerIndex()
         self.index = NodeIndex()
 
@@ -101,7 +101,7 @@ class PoolViews:
             ),
             is_everywhere=is_local(model_ref),
             disk_mb=-(-model.size_bytes // MIB) if model is not None else None,
-            speeds=self.speeds.of(model_ref),
+            speeds=self._speeds.get(model_ref, {}),
             loads=self._loads,
         )
 
@@ -249,15 +249,6 @@ class PoolViews:
         if node is not None:
             self.index.put(node, load)
 
-    def finished(self, node: str, model_ref: str, *, tokens: int, duration_ms: float) -> None:
-        """Take the speed of one finished request."""
-        before = speed_class(self.speeds.of(model_ref).get(node, 0.0))
-        mean = self.speeds.finished(node, model_ref, tokens=tokens, duration_ms=duration_ms)
-        if mean is not None and speed_class(mean) != before:
-            for view in self.workers.of_node(node):
-                if view.model_ref == model_ref:
-                    self.workers.put(replace(view, speed=mean))
-
     def leave(self, worker_ids: Iterable[str], model_ref: str) -> None:
         """Give these workers no new request: they make room for a model."""
         for worker_id in worker_ids:
@@ -359,6 +350,8 @@ class PoolViews:
                 self._see(self._seen[record.node])
             return
         self._records[worker_id] = record
+        if record.tokens_per_s > 0:
+            self._speeds.setdefault(record.model_ref, {})[record.node] = record.tokens_per_s
         use = self._uses.setdefault(worker_id, _Use())
         if use.ready_s is None and record.state in READY:
             use.ready_s = self._clock.monotonic_s()
@@ -382,7 +375,7 @@ class PoolViews:
                 queued=max(record.queued, sent - total, 0),
                 node_state=node.state if node is not None else NodeState.UNREACHABLE,
                 load_fraction=record.load_fraction,
-                speed=self.speeds.of(record.model_ref).get(record.node, 0.0),
+                speed=record.tokens_per_s or self._speeds.get(record.model_ref, {}).get(record.node, 0.0),
                 labels=node.labels if node is not None else {},
                 leaves_for=self._leaving.get(record.worker_id, ""),
             )

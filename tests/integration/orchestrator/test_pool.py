@@ -132,6 +132,22 @@ def test_the_sdk_chats_and_streams_the_same(sdk: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_whatever_generates_is_measured(sdk: OpenAI, demo_pool: Pool) -> None:
+    def told() -> float:
+        (worker,) = workers(demo_pool, "demo")
+        return worker.tokens_per_s
+
+    known = {0.0, told()}
+    sdk.chat.completions.create(model="demo", messages=COUNT, temperature=0, max_tokens=40)
+    eventually("a speed is told", lambda: told() not in known)
+    known.add(told())
+    with sdk.completions.create(model="demo", prompt="5 6 7", max_tokens=40, stream=True) as stream:
+        list(stream)
+    eventually("another one is told", lambda: told() not in known)
+    explained = demo_pool.orchestrator.explain(TaskBody(model="demo"))
+    assert explained.nodes[0].speed_tokens_per_s == told()
+
+
 def test_the_sdk_completes_embeds_and_lists(sdk: OpenAI) -> None:
     completion = sdk.completions.create(model="demo", prompt="Once upon", max_tokens=5, temperature=0)
     assert completion.usage is not None and completion.usage.completion_tokens == 5

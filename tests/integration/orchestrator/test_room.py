@@ -19,6 +19,7 @@ from tests.integration.orchestrator.scripted import (
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, TaskPlacing
 from arriero.contracts.records import Capabilities, DeviceRecord, ModelRecord
+from arriero.contracts.states import WorkerState
 from arriero.domain.placement import Wants
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import Node, NodeRegistry
@@ -180,15 +181,26 @@ async def test_explain_tells_each_candidate_with_numbers_and_does_nothing(tmp_pa
             assert andes.spawned == [] and len(andes.workers) == 1
 
 
-async def test_speed_is_measured_and_shown(tmp_path: Path) -> None:
-    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
-        await andes.add_worker(script=WorkerScript(tokens=14))
-        await ready(o, "demo")
-        await ask(o, "demo")
-        async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": "demo"}) as response:
+async def test_the_speed_that_a_worker_tells_is_its_nodes_for_that_model_also_when_it_is_gone(
+    tmp_path: Path,
+) -> None:
+    async def speeds(o: RunningOrchestrator, model_ref: str) -> tuple[list[float], float]:
+        async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": model_ref}) as response:
             explained = await response.json()
-        # 14 tokens in 7 ms, as the worker says.
-        assert explained["workers"][0]["speed_tokens_per_s"] == 2000.0
+        told = [worker["speed_tokens_per_s"] for worker in explained["workers"]]
+        return told, explained["nodes"][0]["speed_tokens_per_s"]
+
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        worker, _ = await andes.add_worker(), await andes.add_worker(A)
+        await ready(o, A)
+        assert await speeds(o, "demo") == ([0.0], 0.0)
+        andes.change(worker, tokens_per_s=2000.0)
+        await o.until("/v1/workers", lambda answer: any(w["tokens_per_s"] for w in answer["workers"]))
+        assert await speeds(o, "demo") == ([2000.0], 2000.0)
+        assert await speeds(o, A) == ([0.0], 0.0)
+        andes.change(worker, state=WorkerState.STOPPED)
+        await o.until("/v1/workers", lambda answer: len(answer["workers"]) == 1)
+        assert await speeds(o, "demo") == ([], 2000.0)
 
 
 # --- Waking ----------------------------------------------------------------------------------------
