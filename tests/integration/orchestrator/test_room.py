@@ -21,6 +21,7 @@ from arriero.contracts.events import AgentBeat, TaskPlacing
 from arriero.contracts.records import Capabilities, DeviceRecord, ModelRecord
 from arriero.contracts.states import WorkerState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_decision import Wake
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
@@ -226,7 +227,8 @@ async def test_a_machine_that_sleeps_is_woken_by_its_packet_and_waited_for(tmp_p
         room = RoomFinder(registry, SystemClock(), settings)
         node = asleep(registry)
         foreseen = room.foresee(Wants(A))
-        assert (foreseen.choice.code, foreseen.sleeper) == (ErrorCode.NODE_UNREACHABLE, "attic")
+        assert foreseen.choice.code is ErrorCode.NODE_UNREACHABLE
+        assert isinstance(foreseen.decision, Wake) and foreseen.decision.node.name == "attic"
         steps: list[TaskPlacing] = []
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:
             finding = group.create_task(room.find(Wants(A), steps.append))
