@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.test_placement_nodes import MODEL, card, cpu
@@ -11,11 +12,13 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeChanged
 from arriero.contracts.placements import PlacementExplained
 from arriero.contracts.records import NodeRecord, WorkerRecord
+from arriero.contracts.requests import SpawnBody
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants
 from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import NodeRegistry
+from arriero.orchestrator.provisioning import ModelProvisioner
 from arriero.orchestrator.room import RoomFinder
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.settings import Settings
@@ -209,3 +212,18 @@ def test_every_machine_has_a_rank_or_a_reason(
         assert (each.rank is None) == bool(each.why) == (each.code is not None)
     assert explained.node == (explained.nodes[0].name if ranks else None)
     assert explained.message and (explained.code is None) == (explained.node is not None)
+
+
+async def test_nothing_is_stopped_for_a_worker_that_its_machine_could_not_start() -> None:
+    import asyncio
+
+    pool = Pool(node("andes", 4000), node("cusco", 3000), holders=("cusco",), starvation_s=0.1)
+    pool.worker("andes", WorkerState.IDLE, 5000)
+    async with asyncio.TaskGroup() as group:
+        provisioner = ModelProvisioner(pool.registry, pool.room, group, SystemClock())
+        with pytest.raises(ArrieroError) as refused:
+            await provisioner.spawn(SpawnBody(model_ref=REF), "andes")
+    assert (refused.value.code, refused.value.message) == (
+        ErrorCode.MODEL_NOT_FOUND, f"andes does not have {REF}",
+    )  # fmt: skip
+    assert pool.views.node("andes") is not None and pool.explain().nodes[0].promised_mb == 0

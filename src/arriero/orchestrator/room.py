@@ -106,16 +106,6 @@ class RoomFinder:
         self._line: list[_Waiter] = []
         self._log = logs.get("arriero.placement")
 
-    def choose(self, wants: Wants) -> NodeChoice:
-        """Return which node would take a new worker now, as things are."""
-        facts, needed = self.views.facts(wants.model_ref), self.views.needed(wants.model_ref)
-        full_mb = needed.full_mb if needed is not None else None
-        for needed_mb in (full_mb,) if needed is None else (full_mb, needed.least_mb):
-            view = self.views.index.best(wants, needed_mb, facts)
-            if view is not None:
-                return chosen_node(view, wants, needed_mb)
-        return no_node(self.views.nodes(), wants, full_mb, facts)
-
     def choose_disk(self, wants: Wants) -> NodeChoice:
         """Return which node a model is fetched to, whatever its memory holds now."""
         facts = self.views.facts(wants.model_ref)

@@ -15,7 +15,7 @@ from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement_eviction import Occupant, Stage
 from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_ledger import Ledger, Movement
-from arriero.domain.placement_memory import MIB, Needed, memory_mb, needed
+from arriero.domain.placement_memory import MIB, SLOTS, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
 from arriero.domain.placement_turns import Place
 from arriero.domain.placement_wants import ModelFacts
@@ -123,10 +123,20 @@ class PoolViews:
         """Return whether a node has a model without fetching it."""
         return is_local(model_ref) or node in self._holders.get(model_ref, {})
 
-    def needed(self, model_ref: str) -> Needed | None:
-        """Return what a worker will take for a model; None: not known before it was fetched."""
+    def needed(
+        self, model_ref: str, *, slots: int | None = None, context_tokens: int | None = None
+    ) -> Needed | None:
+        """Return what a worker will take for a model; None: not known before it was fetched.
+
+        A context that somebody asks for is not reduced.
+        """
         model = self.model(model_ref)
-        return needed(model) if model is not None else None
+        if model is None:
+            return None
+        if context_tokens is None:
+            return needed(model, slots=slots or SLOTS)
+        exact_mb = memory_mb(model, slots=slots or SLOTS, context_tokens=context_tokens)
+        return Needed(exact_mb, exact_mb)
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """Return the workers by node, with the memory they hold and what they do with it."""
