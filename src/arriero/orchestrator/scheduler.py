@@ -75,7 +75,7 @@ class Scheduler:
         return self._registry.views.requests_in_flight
 
     def requests_on(self, node: str) -> int:
-        """Return how many requests are with the workers of a node now."""
+        """Return how many requests are with the workers of a node now, whatever road they came."""
         return self._registry.views.requests_on(node)
 
     def choose(self, wants: Wants) -> WorkerChoice:

@@ -85,8 +85,9 @@ class PoolViews:
         return sum(self._loads.values())
 
     def requests_on(self, node: str) -> int:
-        """Return how many requests are with the workers of a node now."""
-        return self._loads.get(node, 0)
+        """Return how many requests are with the workers of a node now, whatever road they came."""
+        told = sum(self.place(view.worker_id).requests for view in self.workers.of_node(node))
+        return max(told, self._loads.get(node, 0))
 
     def facts(self, model_ref: str) -> ModelFacts:
         """Return what is known of a model."""
