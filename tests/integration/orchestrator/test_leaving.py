@@ -1,5 +1,6 @@
-"""A machine behind a real sshd while it computes: it is drained, it is removed."""
+"""A machine behind a real sshd while it computes: it is drained, it is removed, it is probed."""
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from tests.support.there import orchestrator, other_agent, pool_with
+from tests.support.there import orchestrator, other_agent, pool_with, status
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import SpawnBody
-from arriero.contracts.states import WorkerState
+from arriero.contracts.states import NodeState, WorkerState
 from arriero.testing.agents import AgentProcess
 from arriero.testing.pool import Pool, eventually
 from arriero.testing.sshd import SshServer, sshd_path
@@ -123,3 +124,34 @@ def test_a_machine_that_is_removed_ends_its_streams_with_one_error(
     assert pool.orchestrator.nodes() == [] and pool.orchestrator.workers() == []
     assert there.process is not None and there.process.wait(10) == 0
     assert there.state.worker_runs() == []
+
+
+def test_probes_reach_a_worker_of_another_machine_and_tell_when_it_is_cut_off(
+    pool: Pool, server: SshServer, worker: WorkerRecord
+) -> None:
+    def probe(*arguments: str) -> tuple[int, str]:
+        done = pool.run("probe", *arguments, "--timeout", "5", "--json")
+        error = json.loads(done.stdout)["error"]
+        return done.returncode, error["code"] if error is not None else ""
+
+    mine = ("--worker", worker.worker_id)
+    asked = {
+        "worker-health": mine,
+        "worker-state": (*mine, "--expect", "idle"),
+        "worker-ready": mine,
+        "loading-progress": mine,
+        "tokens": (*mine, "--prompt", "x", "--max-tokens", "5", "--expect-tokens", "5"),
+    }
+    assert {name: probe(name, *more) for name, more in asked.items()} == dict.fromkeys(asked, (0, ""))
+    far = f"{pool.record('orchestrator').url}/v1/nodes/there/proxy"
+    assert probe("catalog", "--model", "demo", "--url", far) == (0, "")
+    assert probe("download-start", "--model", "demo", "--url", far) == (0, "")
+    server.kill()
+    eventually("it is missed", lambda: status(pool) is NodeState.UNREACHABLE)
+    assert {name: probe(name, *more) for name, more in asked.items()} == {
+        "worker-health": (1, ErrorCode.HEALTH_CHECK_ERROR),
+        "worker-state": (0, ""),
+        "worker-ready": (1, ErrorCode.NO_READY_WORKERS),
+        "loading-progress": (1, ErrorCode.PROGRESS_STREAM_FAILED),
+        "tokens": (1, ErrorCode.TOKEN_STREAM_FAILED),
+    }
