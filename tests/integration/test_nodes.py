@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
 from tests.support import cli
 from tests.support.home import Home, until
 from tests.support.hub import HubProcess
@@ -65,6 +66,12 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
     assert (answer.code, answer.out.strip()) == (0, ANSWER), answer
     (worker,) = home.workers()
     assert worker["node"] == "far"
+    with OpenAI(base_url=f"{home.url()}/v1", api_key="none", max_retries=0, timeout=30) as sdk:
+        attic: dict[str, Any] = {"arriero": {"labels": {"room": "attic"}}}
+        answered = sdk.completions.with_raw_response.create(
+            model="demo", prompt="5 6 7", max_tokens=3, extra_body=attic
+        )
+    assert answered.headers["X-Arriero-Node"] == "far"
     assert "worker" in home.run("workers", "logs", worker["worker_id"]).out
     assert "agent_answers" in home.run("nodes", "logs", "far").out
     findings = {each["name"]: each for each in home.run("nodes", "doctor", "far", "--json").json["findings"]}

@@ -49,6 +49,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: Fraction of the model that is loaded, 0..1.
     load_fraction: float = 0.0
     is_embedding: bool = False
+    #: How fast it generates one answer, as its requests showed; 0: not measured yet.
+    tokens_per_s: float = 0.0
     exit: WorkerExit | None = None
 
 
@@ -438,6 +440,8 @@ class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
     load_fraction: float = 0.0
     #: Seconds since the last request ended; 0 while one runs.
     idle_s: float = 0.0
+    #: How fast it generates one answer, as its requests showed; 0: not measured yet.
+    tokens_per_s: float = 0.0
     is_embedding: bool = False
     engine_pid: int | None = None
     exit: WorkerExit | None = None

@@ -9,6 +9,7 @@ from arriero.contracts.events import NodeDone, NodeStep
 from arriero.contracts.records import Finding
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
+from arriero.domain.placement_wants import count
 from arriero.fabrics.base import Connection, Fabric
 from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
 from arriero.orchestrator.fitting import fit_engine
@@ -71,11 +72,12 @@ class Upkeep:
         while running := self._scheduler.requests_on(node.name):
             if running != told:
                 told = running
-                tell(NodeStep(step="drain", message=f"{running} requests still run there", actor=node.name))
+                message = f"waits for {count(running, 'request')} there"
+                tell(NodeStep(step="drain", message=message, actor=node.name))
             if self._clock.monotonic_s() >= deadline_s:
                 raise ArrieroError(
                     ErrorCode.REQUEST_TIMEOUT,
-                    f"{running} requests still run on {node.name} after {wait_s:g} s",
+                    f"{node.name} still has {count(running, 'request')} after {wait_s:g} s",
                     node=node.name,
                     running=running,
                 )

@@ -15,12 +15,11 @@ from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement_eviction import Occupant, Stage
 from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_ledger import Ledger, Movement
-from arriero.domain.placement_memory import MIB, Needed, memory_mb, needed
+from arriero.domain.placement_memory import MIB, SLOTS, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
 from arriero.domain.placement_turns import Place
 from arriero.domain.placement_wants import ModelFacts
-from arriero.domain.placement_workers import WorkerIndex, WorkerView, speed_class
-from arriero.domain.speeds import Speeds
+from arriero.domain.placement_workers import WorkerIndex, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.runtime.clock import Clock
 
@@ -65,7 +64,8 @@ class PoolViews:
         self._holders: dict[str, dict[str, ModelRecord]] = {}
         self._loads: dict[str, int] = {}
         self._ledger = Ledger()
-        self.speeds = Speeds()
+        #: Tokens a second by model and node, as their workers told last; kept when those are gone.
+        self._speeds: dict[str, dict[str, float]] = {}
         self.workers = WorkerIndex()
         self.index = NodeIndex()
 
@@ -85,8 +85,9 @@ class PoolViews:
         return sum(self._loads.values())
 
     def requests_on(self, node: str) -> int:
-        """Return how many requests are with the workers of a node now."""
-        return self._loads.get(node, 0)
+        """Return how many requests are with the workers of a node now, whatever road they came."""
+        told = sum(self.place(view.worker_id).requests for view in self.workers.of_node(node))
+        return max(told, self._loads.get(node, 0))
 
     def facts(self, model_ref: str) -> ModelFacts:
         """Return what is known of a model."""
@@ -101,7 +102,7 @@ class PoolViews:
             ),
             is_everywhere=is_local(model_ref),
             disk_mb=-(-model.size_bytes // MIB) if model is not None else None,
-            speeds=self.speeds.of(model_ref),
+            speeds=self._speeds.get(model_ref, {}),
             loads=self._loads,
         )
 
@@ -123,10 +124,20 @@ class PoolViews:
         """Return whether a node has a model without fetching it."""
         return is_local(model_ref) or node in self._holders.get(model_ref, {})
 
-    def needed(self, model_ref: str) -> Needed | None:
-        """Return what a worker will take for a model; None: not known before it was fetched."""
+    def needed(
+        self, model_ref: str, *, slots: int | None = None, context_tokens: int | None = None
+    ) -> Needed | None:
+        """Return what a worker will take for a model; None: not known before it was fetched.
+
+        A context that somebody asks for is not reduced.
+        """
         model = self.model(model_ref)
-        return needed(model) if model is not None else None
+        if model is None:
+            return None
+        if context_tokens is None:
+            return needed(model, slots=slots or SLOTS)
+        exact_mb = memory_mb(model, slots=slots or SLOTS, context_tokens=context_tokens)
+        return Needed(exact_mb, exact_mb)
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """Return the workers by node, with the memory they hold and what they do with it."""
@@ -249,15 +260,6 @@ class PoolViews:
         if node is not None:
             self.index.put(node, load)
 
-    def finished(self, node: str, model_ref: str, *, tokens: int, duration_ms: float) -> None:
-        """Take the speed of one finished request."""
-        before = speed_class(self.speeds.of(model_ref).get(node, 0.0))
-        mean = self.speeds.finished(node, model_ref, tokens=tokens, duration_ms=duration_ms)
-        if mean is not None and speed_class(mean) != before:
-            for view in self.workers.of_node(node):
-                if view.model_ref == model_ref:
-                    self.workers.put(replace(view, speed=mean))
-
     def leave(self, worker_ids: Iterable[str], model_ref: str) -> None:
         """Give these workers no new request: they make room for a model."""
         for worker_id in worker_ids:
@@ -372,6 +374,8 @@ class PoolViews:
                 self._moved(self._seen[record.node])
             return
         self._records[worker_id] = record
+        if record.tokens_per_s > 0:
+            self._speeds.setdefault(record.model_ref, {})[record.node] = record.tokens_per_s
         use = self._uses.setdefault(worker_id, _Use())
         if use.ready_s is None and record.state in READY:
             use.ready_s = self._clock.monotonic_s()
@@ -395,7 +399,7 @@ class PoolViews:
                 queued=max(record.queued, sent - total, 0),
                 node_state=node.state if node is not None else NodeState.UNREACHABLE,
                 load_fraction=record.load_fraction,
-                speed=self.speeds.of(record.model_ref).get(record.node, 0.0),
+                speed=record.tokens_per_s or self._speeds.get(record.model_ref, {}).get(record.node, 0.0),
                 labels=node.labels if node is not None else {},
                 leaves_for=self._leaving.get(record.worker_id, ""),
             )
