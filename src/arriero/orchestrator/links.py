@@ -252,9 +252,9 @@ class NodeLink:
         if not worker.url:
             return
         if worker.state in WORKERS.final:
-            await line.shut(worker.url)
+            await line.shut(worker.url, worker.worker_id)
         else:
-            await line.open(worker.url)
+            await line.open(worker.url, worker.worker_id)
 
     async def _watch_silence(self) -> None:
         while True:

@@ -6,6 +6,7 @@ makes lines, and finds the agent at their other end.
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
@@ -23,6 +24,8 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.state_dir import StateDir
 
+#: At a port is either a node's agent, or a worker with an id.
+AGENT: Final = "agent"
 RUN_FILE_BYTES_MAX: Final = 65_536
 #: While a machine does not answer, a new attempt begins so often beside those that still wait: a
 #: packet that was lost is sent again after 1, 3, 7 s, and a link may be mended at any time.
@@ -40,20 +43,27 @@ class Line:
         self.fence = str(Fence(holder_id, lease))
         self._http = http
         self._ends: dict[int, LocalEnd] = {}
+        #: Who is at a port.  The news that one is gone may come after its port is another's.
+        self._at: defaultdict[int, set[str]] = defaultdict(set)
         self.is_gone = False
 
-    async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.
+    async def open(self, url: str, who: str = AGENT) -> None:
+        """Have an end for the port in a daemon's `url`; `who`: a worker's id.
 
         Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
         """
         port = Address.of(url, "").port
+        self._at[port].add(who)
         if port not in self._ends:
             self._ends[port] = await self.connection.forward(port)
 
-    async def shut(self, url: str) -> None:
-        """Close the end of a daemon that is gone.  Safe to call twice."""
+    async def shut(self, url: str, who: str = AGENT) -> None:
+        """Close the end of a daemon that is gone, unless another is at its port.  Safe to call twice."""
         port = Address.of(url, "").port
+        self._at[port].discard(who)
+        if self._at[port]:
+            return
+        del self._at[port]
         end = self._ends.pop(port, None)
         # The socket first: whoever still has a peer must not begin anew.
         await self.connection.unforward(port)
