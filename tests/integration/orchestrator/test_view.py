@@ -23,6 +23,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import WorkerChanged
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.states import DownloadState, WorkerState
+from arriero.contracts.version import __version__
 
 CHAT = {"model": "demo", "stream": True, "messages": []}
 
@@ -96,6 +97,30 @@ async def test_the_late_news_of_an_end_cuts_nobody_off_who_has_that_port_now(tmp
         await o.until(f"/v1/workers/{gone.worker_id}", lambda answer: answer.get("state") == "stopped")
         async with o.session.post(f"{o.url}/v1/chat/completions", json=CHAT) as response:
             assert "[DONE]" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [
+        ({"workers": 7}, __version__),
+        ({"type": "parley"}, __version__),
+        ({"capabilities": {"name": "andes", "version": "0.0.9"}}, "0.0.9"),
+    ],
+)
+async def test_an_agent_that_is_not_understood_is_told_with_both_versions(
+    tmp_path: Path, says: dict[str, Any], version: str
+) -> None:
+    async with agent(tmp_path) as andes:
+        andes.says = says
+        async with orchestrator(tmp_path) as o:
+            await node_is(o, "unreachable")
+            (node,) = (await o.get("/v1/nodes"))["nodes"]
+    error = node["error"]
+    assert (node["name"], error["code"]) == ("andes", "VERSION_MISMATCH")
+    told = (error["details"]["agent_version"], error["details"]["orchestrator_version"])
+    assert told == (version, __version__)
+    assert f"is arriero {version}, the orchestrator is {__version__}; it " in error["message"]
+    assert "arriero down" in error["details"]["suggested_action"]
 
 
 async def test_a_killed_orchestrator_rebuilds_its_view(tmp_path: Path) -> None:
