@@ -431,7 +431,7 @@ async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path
     with SshServer(tmp_path / "few", more_config="AllowTcpForwarding no\nMaxSessions 1") as server:
         async with connected(fabric, known(server)) as connection:
             with pytest.raises(ArrieroError) as failed:
-                await connection.forward(server.port)
+                await connection.check_port(server.port)
             assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
             assert "AllowTcpForwarding yes" in failed.value.details["suggested_action"]
             await connection.run(["true"], timeout_s=10)

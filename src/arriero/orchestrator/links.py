@@ -208,6 +208,10 @@ class NodeLink:
                 if event.comment is None and event.data:
                     node = await self._take(event.data, node, line, record)
                 self._last_heard_s = self._clock.monotonic_s()
+        except ArrieroError as error:
+            if error.code is ErrorCode.NODE_UNREACHABLE and node is None:
+                await line.check(record.url)
+            raise
         finally:
             await events.aclose()
             with contextlib.suppress(ArrieroError):

@@ -50,7 +50,7 @@ class Line:
     async def open(self, url: str, who: str = AGENT) -> None:
         """Have an end for the port in a daemon's `url`; `who`: a worker's id.
 
-        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        Raises NODE_UNREACHABLE, STATE_DIR_UNUSABLE.
         """
         port = Address.of(url, "").port
         self._at[port].add(who)
@@ -69,6 +69,14 @@ class Line:
         await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
+
+    async def check(self, url: str) -> None:
+        """Know that its machine lets a daemon's port be spoken to: what comes back of a refusal is silence.
+
+        Asked when a daemon did not answer, and not before: from far away each question takes long.  Raises
+        SSH_COMMAND_FAILED, NODE_UNREACHABLE.
+        """
+        await self.connection.check_port(Address.of(url, "").port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -286,7 +294,8 @@ async def ask_capabilities(
 ) -> Capabilities:
     """Return what the agent of a machine tells of it, over a connection of its own.
 
-    Raises NOT_RUNNING, NODE_UNREACHABLE; LEASE_SUPERSEDED if another orchestrator holds it now.
+    Raises NOT_RUNNING, NODE_UNREACHABLE, SSH_COMMAND_FAILED; LEASE_SUPERSEDED if another orchestrator holds
+    it now.
     """
     record = await read_run_record(entry, connection)
     above = 0
@@ -298,6 +307,8 @@ async def ask_capabilities(
             peer = line.peer(record.url, record.token)
             return await peer.call("GET", "/v1/capabilities", answer=Capabilities)
         except ArrieroError as error:
+            if error.code is ErrorCode.NODE_UNREACHABLE:
+                await line.check(record.url)
             number = error.details.get("number")
             if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
                 raise
