@@ -29,8 +29,9 @@ AGENT: Final = "agent"
 RUN_FILE_BYTES_MAX: Final = 65_536
 #: While a machine does not answer, a new attempt begins so often beside those that still wait: a
 #: packet that was lost is sent again after 1, 3, 7 s, and a link may be mended at any time.
-ATTEMPT_EVERY_S: Final = 1.0
-ATTEMPTS_AT_ONCE: Final = 5
+#: No divisor of a second: what is sent again goes between the new ones.
+ATTEMPT_EVERY_S: Final = 0.4
+ATTEMPTS_AT_ONCE: Final = 10
 
 
 class Line:
