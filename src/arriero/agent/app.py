@@ -55,6 +55,8 @@ BEAT_S = 1.0
 #: Beats between two looks at the devices: asking a driver may take a second.
 DEVICES_BEATS = 10
 TIDY_S = 2.0
+#: An agent that begins with what the one before knew has been found by those who miss it by then.
+ASK_ENGINES_AFTER_S = 3.0
 #: Workers that are bound to an orchestrator go when it was silent for so many times `node_timeout_s`: a cut
 #: of seconds must not end them.
 BOUND_TIMEOUTS = 5
@@ -220,6 +222,8 @@ class _Agent:
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_in_order(), name="end"),
             ]
+            if self._machine.is_recalled:
+                tasks.append(self._group.create_task(self._ask_engines(), name="ask-engines"))
             guard = Guard(
                 Leased(self._app(), self._lease),
                 token=self._token,
@@ -303,6 +307,10 @@ class _Agent:
                     promised_mb=self._supervisor.promises().by_device(),
                 )
             )
+
+    async def _ask_engines(self) -> None:
+        await self._clock.sleep_s(ASK_ENGINES_AFTER_S)
+        await self._engines.look_again()
 
     async def _tidy(self) -> None:
         while True:
