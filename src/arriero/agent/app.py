@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 from typing import cast
+from urllib.parse import urlsplit
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
@@ -96,7 +97,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """
     state = StateDir(settings.home_path())
     state.prepare()
-    with state.lock("agent"), contextlib.closing(bind("127.0.0.1", settings.agent_port)) as sock:
+    with state.lock("agent"), contextlib.closing(_bound(settings, state)) as sock:
         inspect = formats.inspect_model
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
@@ -106,6 +107,18 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
                 await agent.live(sock)
         finally:
             await catalog.close()
+
+
+def _bound(settings: Settings, state: StateDir) -> socket.socket:
+    """Return a listening socket; where any port will do, that of an agent that was killed.
+
+    Workers that were loading call back there, and whoever spoke to it asks there first.
+    """
+    before = None if settings.agent_port else state.recorded("agent")
+    if before is not None:
+        with contextlib.suppress(ArrieroError):
+            return bind("127.0.0.1", urlsplit(before.url).port or 0)
+    return bind("127.0.0.1", settings.agent_port)
 
 
 def provision_limits(settings: Settings) -> ProvisionLimits:
