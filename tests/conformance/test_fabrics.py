@@ -294,6 +294,7 @@ def session(end: LocalEnd) -> tuple[ClientSession, str]:
 
 async def test_http_goes_to_a_port_there(connection: Connection) -> None:
     async with website() as port:
+        await connection.check_port(port)
         end = await connection.forward(port)
         assert await connection.forward(port) == end
         client, url = session(end)
@@ -488,6 +489,7 @@ async def test_what_is_closed_says_so(connection: Connection) -> None:
         connection.put(b"", "x", mode=0o600),
         connection.read("x", bytes_max=1),
         connection.forward(10),
+        connection.check_port(10),
         connection.expose(HostPort("127.0.0.1", 9)),
         connection.expose(SocketPath(Path("/nobody"))),
     ):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -91,6 +92,35 @@ async def test_a_wrong_key(fabric: SshFabric, standing: SshServer) -> None:
     error = await refused(fabric, known(standing, key_path=str(standing.wrong_key)))
     assert error.code is ErrorCode.SSH_AUTH_FAILED
     assert "authorized_keys" in error.details["suggested_action"]
+
+
+@pytest.fixture
+def talkative(tmp_path: Path) -> Iterator[SshServer]:
+    """A server that logs what it is asked."""
+    with SshServer(tmp_path / "talkative", more_config="LogLevel DEBUG") as running:
+        yield running
+
+
+def asked(server: SshServer) -> list[str]:
+    return re.findall(r"userauth-request .* method (\S+)", server.log.read_text())
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ssh-rsa"])
+async def test_a_given_key_is_shown_before_anything_is_asked(
+    fabric: SshFabric, talkative: SshServer, kind: str
+) -> None:
+    key = asyncssh.generate_private_key(kind)
+    key.write_private_key(talkative.key)
+    (talkative.folder / "authorized_keys").write_bytes(key.export_public_key())
+    await works(fabric, known(talkative))
+    assert asked(talkative) == ["publickey"]
+
+
+async def test_a_machine_that_refuses_the_key_is_asked_what_it_takes(
+    fabric: SshFabric, talkative: SshServer
+) -> None:
+    await refused(fabric, known(talkative, key_path=str(talkative.wrong_key)))
+    assert asked(talkative) == ["publickey", "none", "publickey"]
 
 
 async def test_a_wrong_user(fabric: SshFabric, standing: SshServer) -> None:
@@ -431,7 +461,7 @@ async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path
     with SshServer(tmp_path / "few", more_config="AllowTcpForwarding no\nMaxSessions 1") as server:
         async with connected(fabric, known(server)) as connection:
             with pytest.raises(ArrieroError) as failed:
-                await connection.forward(server.port)
+                await connection.check_port(server.port)
             assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
             assert "AllowTcpForwarding yes" in failed.value.details["suggested_action"]
             await connection.run(["true"], timeout_s=10)

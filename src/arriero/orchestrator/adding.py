@@ -173,8 +173,7 @@ class Adding:
             async with connected(self._fabric, entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 # Before anything is put there.
-                await connection.forward(ANY_PORT)
-                await connection.unforward(ANY_PORT)
+                await connection.check_port(ANY_PORT)
                 begun = Begun(survey, had_agent=await self._answers_already(entry, connection))
                 async with self._taken_back(entry, begun, tell):
                     begun.installation = await self._machines.install(

@@ -6,6 +6,7 @@ makes lines, and finds the agent at their other end.
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
@@ -23,11 +24,14 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.state_dir import StateDir
 
+#: At a port is either a node's agent, or a worker with an id.
+AGENT: Final = "agent"
 RUN_FILE_BYTES_MAX: Final = 65_536
 #: While a machine does not answer, a new attempt begins so often beside those that still wait: a
 #: packet that was lost is sent again after 1, 3, 7 s, and a link may be mended at any time.
-ATTEMPT_EVERY_S: Final = 1.0
-ATTEMPTS_AT_ONCE: Final = 5
+#: No divisor of a second: what is sent again goes between the new ones.
+ATTEMPT_EVERY_S: Final = 0.4
+ATTEMPTS_AT_ONCE: Final = 10
 
 
 class Line:
@@ -40,25 +44,40 @@ class Line:
         self.fence = str(Fence(holder_id, lease))
         self._http = http
         self._ends: dict[int, LocalEnd] = {}
+        #: Who is at a port.  The news that one is gone may come after its port is another's.
+        self._at: defaultdict[int, set[str]] = defaultdict(set)
         self.is_gone = False
 
-    async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.
+    async def open(self, url: str, who: str = AGENT) -> None:
+        """Have an end for the port in a daemon's `url`; `who`: a worker's id.
 
-        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        Raises NODE_UNREACHABLE, STATE_DIR_UNUSABLE.
         """
         port = Address.of(url, "").port
+        self._at[port].add(who)
         if port not in self._ends:
             self._ends[port] = await self.connection.forward(port)
 
-    async def shut(self, url: str) -> None:
-        """Close the end of a daemon that is gone.  Safe to call twice."""
+    async def shut(self, url: str, who: str = AGENT) -> None:
+        """Close the end of a daemon that is gone, unless another is at its port.  Safe to call twice."""
         port = Address.of(url, "").port
+        self._at[port].discard(who)
+        if self._at[port]:
+            return
+        del self._at[port]
         end = self._ends.pop(port, None)
         # The socket first: whoever still has a peer must not begin anew.
         await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
+
+    async def check(self, url: str) -> None:
+        """Know that its machine lets a daemon's port be spoken to: what comes back of a refusal is silence.
+
+        Asked when a daemon did not answer, and not before: from far away each question takes long.  Raises
+        SSH_COMMAND_FAILED, NODE_UNREACHABLE.
+        """
+        await self.connection.check_port(Address.of(url, "").port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -276,7 +295,8 @@ async def ask_capabilities(
 ) -> Capabilities:
     """Return what the agent of a machine tells of it, over a connection of its own.
 
-    Raises NOT_RUNNING, NODE_UNREACHABLE; LEASE_SUPERSEDED if another orchestrator holds it now.
+    Raises NOT_RUNNING, NODE_UNREACHABLE, SSH_COMMAND_FAILED; LEASE_SUPERSEDED if another orchestrator holds
+    it now.
     """
     record = await read_run_record(entry, connection)
     above = 0
@@ -288,6 +308,8 @@ async def ask_capabilities(
             peer = line.peer(record.url, record.token)
             return await peer.call("GET", "/v1/capabilities", answer=Capabilities)
         except ArrieroError as error:
+            if error.code is ErrorCode.NODE_UNREACHABLE:
+                await line.check(record.url)
             number = error.details.get("number")
             if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
                 raise

@@ -209,10 +209,11 @@ class SshServer:
             "StrictModes no",
             "UseDNS no",
             "MaxStartups 1000",
-            "LogLevel INFO",
             "Subsystem sftp internal-sftp",
             f"SetEnv {' '.join(self._env)}",
             self._more_config,
+            # Of several words on a matter, the first one counts: a test may want to read more.
+            "LogLevel INFO",
         ]
         plain = "\n".join(lines) + "\n"
         path.write_text(plain + _NO_PENALTIES, "utf-8")

@@ -218,6 +218,8 @@ class ScriptedAgent:
         #: Who left a download.
         self.left: asyncio.Queue[str] = asyncio.Queue()
         self.is_silent = False
+        #: What stands in its snapshot instead of what does there.
+        self.says: dict[str, Any] = {}
         #: What a worker of a model takes, in MiB; less is free meanwhile.
         self.memory_of: dict[str, int] = {}
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
@@ -310,7 +312,10 @@ class ScriptedAgent:
             event: AgentEvent = self._snapshot()
             while True:
                 if not self.is_silent:
-                    await response.write(b"data: %s\n\n" % msgspec.json.encode(event))
+                    said = msgspec.to_builtins(event)
+                    if isinstance(event, AgentSnapshot):
+                        said |= self.says
+                    await response.write(b"data: %s\n\n" % msgspec.json.encode(said))
                 try:
                     async with asyncio.timeout(0.3):
                         event = await queue.get()

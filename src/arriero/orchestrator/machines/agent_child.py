@@ -245,7 +245,8 @@ def unit_text(python: str, env: dict[str, str], log: str) -> str:
         f"ExecStart={python} -m arriero agent",
         *(f"Environment={name}={value}" for name, value in sorted(env.items())),
         "Restart=always",
-        "RestartSec=1",
+        # Not at once: one that cannot start would take a whole core.
+        "RestartSec=250ms",
         # Its workers outlive an agent that is killed, and are stopped by one that is told to end.
         "KillMode=process",
         "TimeoutStopSec=60",
