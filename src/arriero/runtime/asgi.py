@@ -7,7 +7,6 @@ sends a stream, beats while nothing happens, and stops computing when the client
 import asyncio
 import hmac
 import logging
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, TypeAlias
 
@@ -73,8 +72,7 @@ class Guard:
     Sets `scope["state"]["request_id"]` and the answer's `X-Request-Id`.  Refuses with FORBIDDEN
     a foreign Host or Origin, with MISSING_API_KEY / INVALID_API_KEY a wrong token (where one is
     demanded, except on `open_paths`, whose routes check by themselves), with REQUEST_TOO_LARGE a
-    body over the limit; `body_bytes_max_of` names the paths that have a limit of their own.  Who has
-    `read_token` may read the paths that `readable` matches whole, and nothing else.
+    body over the limit; `body_bytes_max_of` names the paths that have a limit of their own.
     """
 
     def __init__(
@@ -82,8 +80,6 @@ class Guard:
         app: AsgiApp,
         *,
         token: str = "",
-        read_token: str = "",
-        readable: str = "",
         open_paths: frozenset[str] = frozenset(),
         hosts: frozenset[str] = LOOPBACK_HOSTS,
         body_bytes_max: int = BODY_BYTES_MAX,
@@ -92,8 +88,6 @@ class Guard:
     ) -> None:
         self._app = app
         self._token = token.encode()
-        self._read_token = read_token.encode()
-        self._readable = re.compile(readable)
         self._open_paths = open_paths
         self._hosts = hosts
         self._body_bytes_max = body_bytes_max
@@ -122,7 +116,7 @@ class Guard:
         limit = self._body_bytes_max_of.get(scope["path"], self._body_bytes_max)
         bounded = _BoundedReceive(receive, limit)
         try:
-            self._check(headers, scope["path"], scope["method"])
+            self._check(headers, scope["path"])
             bounded.check_length(headers.get(b"content-length"))
             await self._app(scope, bounded, send_with_id)
             if bounded.error is None or is_started:
@@ -134,7 +128,7 @@ class Guard:
             await bounded.discard()
             await send_error(send_with_id, error, path=scope["path"])
 
-    def _check(self, headers: dict[bytes, bytes], path: str, method: str) -> None:
+    def _check(self, headers: dict[bytes, bytes], path: str) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         if _host_name(host) not in self._hosts:
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Host {host[:80]!r} is not one of ours")
@@ -143,11 +137,7 @@ class Guard:
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Origin {origin[:80].decode('latin-1')!r} is foreign")
         if not self._token or path in self._open_paths:
             return
-        given = bearer_token(headers.get(b"authorization", b""))
-        if hmac.compare_digest(given, self._token):
-            return
-        is_reading = method in ("GET", "HEAD") and self._readable.fullmatch(path) is not None
-        if not (self._read_token and is_reading and hmac.compare_digest(given, self._read_token)):
+        if not hmac.compare_digest(bearer_token(headers.get(b"authorization", b"")), self._token):
             raise ArrieroError(ErrorCode.INVALID_API_KEY)
 
 
