@@ -12,7 +12,7 @@ import pytest
 from tests.support import cli
 from tests.support.home import Home, until
 from tests.support.hub import HubProcess
-from tests.support.remote import PACKAGE, Remote, other_version
+from tests.support.remote import PACKAGE, Remote, other_version, register
 
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
@@ -258,6 +258,7 @@ def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_
 def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_path: Path) -> None:
     added(home, remote)
     assert home.run("down").code == 0
+    register(home, "away", "ana@127.0.0.1:9")
     newer = other_version(tmp_path / "newer", "0.2.0")
     remote.prepare(newer)
     new = {"PYTHONPATH": str(newer)}
@@ -273,12 +274,18 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
     refused = home.run(*COUNT, "--node", "far", "--json", **new)
     assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
     done = home.run("nodes", "upgrade", "--all", "--json", **new)
-    assert done.code == 0, done
+    # The one that cannot be reached keeps no other from its upgrade.
+    assert done.code == 1, done
+    assert {name: error["code"] for name, error in done.json["failed"].items()} == {"away": "NODE_UNREACHABLE"}
+    assert "not upgraded: away" in done.err
     assert [(each["name"], each["version"], each["status"]) for each in done.json["nodes"]] == [
         ("far", "0.2.0", "ready")
     ]
     assert home.run(*COUNT, "--node", "far", **new).out.strip() == ANSWER
     assert str((remote.path / "current").readlink()).startswith(("envs/0.2.0-", f"{remote.path}/envs/0.2.0-"))
+    again = home.run("nodes", "upgrade", "far", **new)
+    assert again.code == 0 and "is arriero 0.2.0 already" in again.err, again
+    assert "takes no new work" not in again.err, "there was nothing to do"
 
 
 def test_models_go_from_neighbour_to_neighbour(home: Home, remote: Remote, tmp_path: Path) -> None:
@@ -353,20 +360,28 @@ def test_an_upgrade_that_does_not_do_goes_back(home: Home, remote: Remote, tmp_p
     before = (remote.path / "current").readlink()
     assert home.run("down").code == 0
     newer = other_version(tmp_path / "newer", "0.2.0")
-    tag = remote.prepare(newer)
-    # What is installed as the new version starts, and is the old one.
-    (pointer,) = (remote.path / "envs" / tag).glob("lib/*/site-packages/here.pth")
-    pointer.write_text(pointer.read_text().replace(str(newer), str(PACKAGE.parent)))
+    # What answers as it should, and cannot join.
+    strange = other_version(tmp_path / "strange", "0.2.0")
+    agent = strange / "arriero/agent/app.py"
+    snapshot, strangely = "capabilities=self._machine.capabilities()", "msgspec.structs.replace({}, api_version=99)"
+    assert snapshot in agent.read_text()
+    words = agent.read_text().replace(snapshot, f"capabilities={strangely.format(snapshot.partition('=')[2])}")
+    agent.write_text(words.replace("import asyncio\n", "import asyncio\nimport msgspec\n", 1))
     new = {"PYTHONPATH": str(newer)}
     assert home.run("up", "-q", **new).code == 0
-    done = home.run("nodes", "upgrade", "far", "--json", **new)
-    assert done.json["error"]["code"] == "VERSION_MISMATCH", done
-    assert "runs again" in done.json["error"]["details"]["left"]
-    assert (remote.path / "current").readlink().name == before.name
-    assert not (remote.path / "envs" / tag).exists()
-    until("the old one is held, and refused", lambda: node(home, "far")["error"])
-    assert node(home, "far")["error"]["code"] == "VERSION_MISMATCH"
-    assert str(before.name) in " ".join(psutil.Process(remote.run_record()["pid"]).cmdline())
+    # What is installed as the new version starts, and is the old one; or never joins.
+    for source in (PACKAGE.parent, strange):
+        tag = remote.prepare(newer)
+        (pointer,) = (remote.path / "envs" / tag).glob("lib/*/site-packages/here.pth")
+        pointer.write_text(pointer.read_text().replace(str(newer), str(source)))
+        done = home.run("nodes", "upgrade", "far", "--json", **new)
+        assert done.json["error"]["code"] == "VERSION_MISMATCH", done
+        assert "runs again" in done.json["error"]["details"]["left"]
+        assert (remote.path / "current").readlink().name == before.name
+        assert not (remote.path / "envs" / tag).exists()
+        until("the old one is held, and refused", lambda: "0.1.0" in str(node(home, "far")["error"]))
+        assert node(home, "far")["error"]["code"] == "VERSION_MISMATCH"
+        assert str(before.name) in " ".join(psutil.Process(remote.run_record()["pid"]).cmdline())
 
 
 def test_a_machine_that_cannot_be_reached_is_removed_only_by_force(home: Home, remote: Remote) -> None:

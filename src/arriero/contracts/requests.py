@@ -93,7 +93,7 @@ class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class PeerSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Another agent that may have a model.  The token is secret."""
+    """Another agent that may have a model.  The token is secret, and reads its models alone (`peers`)."""
 
     url: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     token: str = ""

@@ -35,6 +35,7 @@ from arriero.contracts.records import (
 )
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.download_states import DOWNLOADS
+from arriero.domain.node_names import free_name
 from arriero.domain.node_states import NODES
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.domain.workers import WorkerRegistry
@@ -125,9 +126,19 @@ class Node:
             is_drained=entry.is_drained,
             lease=self.line.lease if self.line is not None else 0,
             error=self.error,
-            advice=has.advice,
+            advice=[*has.advice, *self._name_advice()],
             latency_ms=self.latency_ms,
         )
+
+    def _name_advice(self) -> list[str]:
+        # A registered machine is called what it was added as, whatever its agent says.
+        own = self.capabilities.name
+        if self.entry.is_remote or own == self.name:
+            return []
+        return [
+            f"this machine's agent is called {own}, and so is a machine that was added: it goes by {self.name} "
+            "until the setting node_name gives it a name of its own and it is restarted"
+        ]
 
 
 class NodeRegistry:
@@ -225,8 +236,22 @@ class NodeRegistry:
 
     def unfit(self, has: Capabilities) -> Node:
         """Take this machine, whose agent cannot be worked with: it is listed, and tells why."""
-        entry = self.local_entries.get(has.name) or NodeEntry(name=has.name, is_remote=False)
-        return self.add(msgspec.structs.replace(entry, capabilities=has))
+        node = self._local(has)
+        node.capabilities = has
+        self._tell(NodeChanged(node=node.record()))
+        return node
+
+    def _local(self, has: Capabilities) -> Node:
+        """Return this machine, under a name that is no registered machine's."""
+        for node in self._nodes.values():
+            if not node.entry.is_remote and node.capabilities.name == has.name:
+                return node
+        name = free_name(has.name, self._nodes)
+        if name != has.name:
+            self._log.warning("a registered machine has this machine's name", agent=has.name, node=name)
+        entry = self.local_entries.get(name) or NodeEntry(name=name, is_remote=False)
+        self._nodes[name] = node = Node(name, entry, has)
+        return node
 
     def changed_entry(self, entry: NodeEntry) -> Node:
         """Take what a person changed of a machine.  Raises NODE_NOT_FOUND."""
@@ -264,15 +289,15 @@ class NodeRegistry:
     ) -> Node:
         """Take an agent's snapshot: its node is ready, and has these workers and no others.
 
-        `name`: what a registered machine is called, whatever its agent says.
+        `name`: what a registered machine is called, whatever its agent says; None: it is this machine.
+        Raises NODE_NOT_FOUND.
         """
-        name = name or snapshot.capabilities.name
-        node = self._nodes.get(name)
-        if node is None:
-            entry = self.local_entries.get(name) or NodeEntry(name=name, is_remote=False)
-            node = Node(name, entry, snapshot.capabilities)
-            self._nodes[name] = node
-        elif node.state is NodeState.UNREACHABLE:
+        if name is None:
+            node = self._local(snapshot.capabilities)
+            name = node.name
+        else:
+            node = self.node(name)
+        if node.state is NodeState.UNREACHABLE:
             self._step(node, NodeState.JOINING)
         node.line = line
         node.agent = agent

@@ -117,7 +117,7 @@ class ModelProvisioner:
     ) -> None:
         self._registry = registry
         self.room = room
-        self._neighbours = Neighbours(registry)
+        self._neighbours = Neighbours(registry, group, clock)
         self._group = group
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
