@@ -6,7 +6,7 @@ or a terminal could take for something else.
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, Protocol, TypeAlias
@@ -205,12 +205,18 @@ class Connection(Protocol):
         """
         ...
 
-    async def put(self, content: bytes | Path, remote_path: str, *, mode: int) -> None:
+    async def put(
+        self, content: bytes | Path, remote_path: str, *, mode: int,
+        on_sent: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Write a file there: whole, under its name at once, or not at all.  Its folder must be there.
 
         Raises SSH_COMMAND_FAILED, INSUFFICIENT_DISK.
+        on_line: Callable[[bytes], None] | None = None,
         """
         ...
+
+        `on_line` hears each line of its standard output as it comes, without the line's end.
 
     async def read(self, remote_path: str, *, bytes_max: int) -> bytes:
         """Return a file's content.  Raises NOT_FOUND; SSH_COMMAND_FAILED if it is larger."""
@@ -222,6 +228,8 @@ class Connection(Protocol):
         Raises STATE_DIR_UNUSABLE if this machine has no place for a socket.
         """
         ...
+        `on_sent` hears, piece by piece, how many bytes of it are there.
+
 
     async def unforward(self, remote_port: int) -> None:
         """Close a port's local end; connections that are open stay.  Safe to call twice."""

@@ -427,7 +427,9 @@ def _ended(done: NodeDone, narrator: Narrator, *, as_json: bool) -> int:
 
 def _shown(narrator: Narrator) -> Callable[[NodeStep], None]:
     def show_step(step: NodeStep) -> None:
-        if step.fraction is None:
+        if step.fraction is None or step.fraction >= 1.0:
+            # What advanced has come to its end.
+            narrator.clear()
             narrator.say(step.actor, step.message)
         else:
             narrator.advance(step.step, step.fraction, step.message)
