@@ -90,11 +90,14 @@ def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
 def test_a_machine_is_one_node_by_whatever_address(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+        (("--ssh", "ana@"), "'ana@' is no address of a machine"),
+        (("--ssh", ""), "'' is no address of a machine"),
     with Remote(tmp_path / "far") as remote:
         remote.prepare()
         # The key's path begins where the command does, not where the orchestrator does.
         monkeypatch.chdir(tmp_path)
         server = remote.server
+    assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
         given = (
             "--key", "far/key", "--accept-host-key", server.fingerprint(), "--install-path", str(remote.path),
         )  # fmt: skip

@@ -99,6 +99,7 @@ def add(
     labels: tuple[str, ...], mac: str | None, carry: bool, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Make a machine part of the pool, over SSH.
+    _check_address(ssh, key_path=_key(key_path), host_key=accept_host_key, install_path=install_path)
 
     Checks the connection and the machine, installs this version of arriero there for the user who logs
     in, starts its agent, and registers it.  Nothing there listens to the network: everything goes through
@@ -241,6 +242,8 @@ def _rows(record: NodeRecord) -> list[tuple[str, str]]:
 @options.json_option
 def doctor(*, name: str, as_json: bool) -> int:
     """Look over a machine for what is wrong with it.
+    if ssh is not None:
+        _check_address(ssh)
 
     Exit codes: 0 all is well, 1 something is not, or the machine cannot be reached.
     """
@@ -389,6 +392,13 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
 @click.option("--force", is_flag=True, help="Forget it even if it cannot be reached.")
 @options.quiet_option
 @options.json_option
+def _check_address(ssh: str, *, install_path: str | None = None, **parts: str | None) -> None:
+    """Refuse what is wrong before anything is started for it."""
+    from arriero.fabrics.base import INSTALL_PATH, NodeAddress
+
+    NodeAddress.parse(ssh, install_path=INSTALL_PATH if install_path is None else install_path, **parts)
+
+
 def remove(*, name: str, purge: bool, force: bool, quiet: bool, as_json: bool) -> int:
     """Stop what was started on a machine, and forget it.
 
