@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from arriero.cli import options, pool, render
+from arriero.cli import completing, node_rows, options, pool, render
 from arriero.cli.narrator import Narrator
 from arriero.cli.signals import terminable
 from arriero.contracts import ids
@@ -32,14 +32,7 @@ _UPDATE_EXAMPLES: Final = (
 )
 
 
-def _complete(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    try:
-        return [node.name for node in options.orchestrator().nodes() if node.name.startswith(incomplete)]
-    except ArrieroError:
-        return []
-
-
-name_argument = click.argument("name", shell_complete=_complete)
+name_argument = click.argument("name", shell_complete=completing.nodes)
 key_option = click.option(
     "--key",
     "key_path",
@@ -346,7 +339,7 @@ def undrain(*, name: str, as_json: bool) -> int:
 
 
 @nodes.command("upgrade", epilog=options.examples(_UPGRADE_EXAMPLES))
-@click.argument("name", required=False, shell_complete=_complete)
+@click.argument("name", required=False, shell_complete=completing.nodes)
 @click.option("--all", "is_all", is_flag=True, help="All machines behind SSH, one after the other.")
 @carry_option
 @options.quiet_option
