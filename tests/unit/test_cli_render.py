@@ -77,6 +77,20 @@ def test_advice_of_the_one_who_knows_better_wins() -> None:
     assert render.error_lines(error)[-1] == "  hint: Stop w-1."
 
 
+@pytest.mark.parametrize(
+    ("details", "command"),
+    [
+        ({}, "`arriero nodes undrain NAME`"),
+        ({"node": "attic"}, "`arriero nodes undrain attic`"),
+        ({"node": "a b;c"}, "`arriero nodes undrain 'a b;c'`"),
+    ],
+)
+def test_advice_bears_the_name_that_is_known(details: dict[str, str], command: str) -> None:
+    error = ArrieroError(ErrorCode.NODE_DRAINING, "no", **details)
+    assert command in render.error_lines(error)[-1]
+    assert command in error.body().details["suggested_action"]
+
+
 def on_a_terminal(program: str, *, columns: int = 200) -> str:
     """Return what a terminal of this width is sent."""
     person, terminal = os.openpty()

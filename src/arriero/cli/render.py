@@ -91,8 +91,7 @@ def error_lines(failure: ArrieroError) -> list[str]:
     tail = failure.details.get("log_tail")
     if isinstance(tail, list):
         lines += [f"  | {line}" for line in tail[-LOG_LINES_SHOWN:]]
-    hint = failure.details.get("suggested_action") or failure.kind.what_to_do
-    return [*lines, f"  hint: {hint}"]
+    return [*lines, f"  hint: {failure.advice}"]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

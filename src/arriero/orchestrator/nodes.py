@@ -343,7 +343,7 @@ class NodeRegistry:
 
     def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
-        before, node.error = node.error, error.body()
+        before, node.error = node.error, reach.told_of_node(error, node.name).body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
             self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)

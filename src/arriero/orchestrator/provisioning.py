@@ -17,7 +17,7 @@ from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
 from arriero.contracts.states import DownloadState
-from arriero.domain.placement import NodeChoice, Wants
+from arriero.domain.placement import NodeChoice, Wants, refuse
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
@@ -347,9 +347,7 @@ class ModelProvisioner:
 def _checked(choice: NodeChoice, wants: Wants) -> str:
     """Return the chosen node's name.  Raises why there is none."""
     if choice.node is None:
-        refusals = {refusal.candidate: refusal.why for refusal in choice.refused}
-        code = choice.code or ErrorCode.NO_CAPACITY
-        fail(code, choice.message, model_ref=wants.model_ref, refused=refusals)
+        refuse(choice, wants)
     return choice.node
 
 

@@ -134,7 +134,8 @@ def _accepted(error: ArrieroError) -> str | None:
     is_asked = error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN and render.is_terminal(sys.stdin)
     if not is_asked or not isinstance(fingerprint, str) or not render.is_terminal(sys.stderr):
         return None
-    render.note(f"{error.message}")
+    render.note(error.message)
+    render.note(f"compare it with what this prints there: {error.details.get('compare', '')}")
     is_right = click.confirm("Is this the machine you mean? Accept this key", default=False, err=True)
     return fingerprint if is_right else None
 
