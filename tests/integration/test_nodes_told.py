@@ -90,11 +90,14 @@ def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
     for words, told in (
         (("--accept-host-key", "SHA256:xyz"), "'SHA256:xyz' is no fingerprint of a host key"),
         (("--install-path", "my files"), "'my files' is no install path"),
+        (("--ssh", "ana@"), "'ana@' is no address of a machine"),
+        (("--ssh", ""), "'' is no address of a machine"),
     ):
         done = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", *words, "--json")
         error = done.json["error"]
         assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
         assert error["message"].startswith(told), error
+    assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
     closed = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert "`ssh -p 9 ana@127.0.0.1`" in closed["details"]["suggested_action"], closed
     own = home.run("nodes", "add", "box", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
@@ -104,14 +107,11 @@ def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
 def test_a_machine_is_one_node_by_whatever_address(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-        (("--ssh", "ana@"), "'ana@' is no address of a machine"),
-        (("--ssh", ""), "'' is no address of a machine"),
     with Remote(tmp_path / "far") as remote:
         remote.prepare()
         # The key's path begins where the command does, not where the orchestrator does.
         monkeypatch.chdir(tmp_path)
         server = remote.server
-    assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
         given = (
             "--key", "far/key", "--accept-host-key", server.fingerprint(), "--install-path", str(remote.path),
         )  # fmt: skip

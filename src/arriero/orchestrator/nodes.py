@@ -127,6 +127,7 @@ class Node:
             error=self.error,
             advice=has.advice,
             latency_ms=self.latency_ms,
+            models=len(self.models),
         )
 
 

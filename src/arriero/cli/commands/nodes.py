@@ -14,7 +14,6 @@ from arriero.cli.signals import terminable
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.events import NodeDone, NodeStep
-from arriero.contracts.records import NodeRecord
 from arriero.contracts.requests import LABEL, LABEL_VALUE, NodeAddBody, NodeUpdateBody
 from arriero.contracts.states import NodeState
 
@@ -92,7 +91,6 @@ def add(
     labels: tuple[str, ...], mac: str | None, carry: bool, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Make a machine part of the pool, over SSH.
-    _check_address(ssh, key_path=_key(key_path), host_key=accept_host_key, install_path=install_path)
 
     Checks the connection and the machine, installs this version of arriero there for the user who logs
     in, starts its agent, and registers it.  Nothing there listens to the network: everything goes through
@@ -101,6 +99,7 @@ def add(
     Exit codes: 0 it is part of the pool, 1 error, 2 wrong usage, 124 timed out, 130 interrupted.
     """
     _check_name(name)
+    _check_address(ssh, key_path=_key(key_path), host_key=accept_host_key, install_path=install_path)
     narrator = Narrator(is_quiet=quiet)
     body = NodeAddBody(
         name=name,
@@ -147,39 +146,20 @@ def _accepted(error: ArrieroError) -> str | None:
 @options.json_option
 def list_nodes(*, as_json: bool) -> int:
     """List the machines of the pool."""
-    found = options.orchestrator().nodes()
+    client = options.orchestrator()
+    found = client.nodes()
     if as_json:
         render.data({"nodes": found})
         return Exit.OK
-    now = time.time()
-    render.table(
-        ("node", "status", "devices", "memory free", "disk free", "last seen", "version", "reached by"),
-        [
-            [
-                record.name,
-                str(record.status),
-                ", ".join(device.id for device in record.devices),
-                f"{render.mib_text(record.ram_free_mb)} of {render.mib_text(record.ram_mb)}",
-                render.mib_text(record.disk_free_mb),
-                _ago(record, now),
-                record.version,
-                record.ssh or "this machine",
-            ]
-            for record in found
-        ],
-    )
+    workers = client.workers()
+    render.table(node_rows.COLUMNS, node_rows.listed(found, workers, now_unix=time.time()))
     for record in found:
         if record.error is not None and record.status is NodeState.UNREACHABLE:
             render.note(f"{record.name}: {record.error.code}: {record.error.message}")
+            render.note(f"  hint: {record.error.details.get('suggested_action', '')}")
         for advice in record.advice:
             render.note(f"{record.name}: {advice}")
     return Exit.OK
-
-
-def _ago(record: NodeRecord, now: float) -> str:
-    if not record.last_connected_unix:
-        return ""
-    return f"{render.seconds_text(now - record.last_connected_unix)} ago"
 
 
 @nodes.command(
@@ -189,46 +169,15 @@ def _ago(record: NodeRecord, now: float) -> str:
 @options.json_option
 def show(*, name: str, as_json: bool) -> int:
     """Show all that is known of a machine."""
-    record = options.orchestrator().node(name)
+    client = options.orchestrator()
+    record = client.node(name)
     if as_json:
         render.data(record)
         return Exit.OK
-    for label, text in _rows(record):
+    for label, text in node_rows.shown(record, client.workers(), now_unix=time.time()):
         if text:
-            render.out(f"{label:<16}{text}")
+            render.out(f"{label:<14}{text}")
     return Exit.OK
-
-
-def _rows(record: NodeRecord) -> list[tuple[str, str]]:
-    error = record.error
-    reached = f"ssh {record.ssh}" if record.is_remote else "this machine"
-    rows = [
-        ("node", record.name),
-        ("status", f"{record.status}" + (" (drained)" if record.is_drained else "")),
-        ("why", f"{error.code}: {error.message}" if error is not None else ""),
-        ("version", record.version),
-        ("reached by", reached),
-        ("key", record.key_path),
-        ("host key", record.host_key),
-        ("install path", record.install_path),
-        ("system", f"{record.os} {record.arch}".strip()),
-        ("processor", f"{record.cpu_cores} cores" if record.cpu_cores else ""),
-        ("memory", f"{render.mib_text(record.ram_free_mb)} free of {render.mib_text(record.ram_mb)}"),
-        ("disk", f"{render.mib_text(record.disk_free_mb)} free"),
-    ]
-    for device in record.devices:
-        room = f"{render.mib_text(device.memory_free_mb)} free of {render.mib_text(device.memory_mb)}"
-        driver = f", driver {device.driver}" if device.driver else ""
-        rows.append(("device", f"{device.id}: {device.name}, {room}{driver}"))
-    rows += [("engine", f"{name} {version}") for name, version in sorted(record.engines.items())]
-    rows += [
-        ("backends", ", ".join(record.backends)),
-        ("labels", " ".join(f"{key}={value}" for key, value in sorted(record.labels.items()))),
-        ("wakes by", record.mac),
-        ("round trip", f"{record.latency_ms:.1f} ms" if record.latency_ms else ""),
-        ("last seen", render.moment_text(record.last_connected_unix)),
-    ]
-    return rows + [("advice", advice) for advice in record.advice]
 
 
 @nodes.command("doctor", epilog=options.examples(("arriero nodes doctor attic",)))
@@ -236,8 +185,6 @@ def _rows(record: NodeRecord) -> list[tuple[str, str]]:
 @options.json_option
 def doctor(*, name: str, as_json: bool) -> int:
     """Look over a machine for what is wrong with it.
-    if ssh is not None:
-        _check_address(ssh)
 
     Exit codes: 0 all is well, 1 something is not, or the machine cannot be reached.
     """
@@ -295,6 +242,8 @@ def update(
         labels=_labels(labels),
         mac="" if mac == "" else _mac(mac),
     )
+    if ssh is not None:
+        _check_address(ssh)
     if body == NodeUpdateBody():
         raise options.refuse("nothing to change: give at least one option")
     record = options.orchestrator().update_node(name, body)
@@ -386,13 +335,6 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
 @click.option("--force", is_flag=True, help="Forget it even if it cannot be reached.")
 @options.quiet_option
 @options.json_option
-def _check_address(ssh: str, *, install_path: str | None = None, **parts: str | None) -> None:
-    """Refuse what is wrong before anything is started for it."""
-    from arriero.fabrics.base import INSTALL_PATH, NodeAddress
-
-    NodeAddress.parse(ssh, install_path=INSTALL_PATH if install_path is None else install_path, **parts)
-
-
 def remove(*, name: str, purge: bool, force: bool, quiet: bool, as_json: bool) -> int:
     """Stop what was started on a machine, and forget it.
 
@@ -448,6 +390,13 @@ def _check_name(name: str) -> None:
             "63 at most",
             param="name",
         )
+
+
+def _check_address(ssh: str, *, install_path: str | None = None, **parts: str | None) -> None:
+    """Refuse what is wrong before anything is started for it."""
+    from arriero.fabrics.base import INSTALL_PATH, NodeAddress
+
+    NodeAddress.parse(ssh, install_path=INSTALL_PATH if install_path is None else install_path, **parts)
 
 
 def _labels(given: Sequence[str]) -> dict[str, str]:
