@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 
 #: Zombies whose parent is pid 1 may take seconds to go.
 PATIENCE_S = 5.0
+
+# A shell that starts a run in the background has it ignore Ctrl-C, and what the run starts inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _remaining(before: dict[str, str]) -> list[str]:

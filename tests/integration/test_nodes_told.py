@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.support.home import Home, until
-from tests.support.remote import Remote
+from tests.support.remote import Remote, register
 
 from arriero.contracts.fence import FENCE_HEADER, Fence
 from arriero.runtime.state_dir import StateDir
@@ -104,6 +104,24 @@ def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
     assert own["code"] == "NODE_ALREADY_EXISTS" and "remove" not in own["details"]["suggested_action"]
 
 
+def test_a_machine_that_was_added_keeps_its_name_before_the_one_we_run_on(home: Home) -> None:
+    register(home, "box", "ana@127.0.0.1:9")
+    assert home.run("up", "-q").code == 0
+    found = {each["name"]: each for each in home.run("nodes", "list", "--json").json["nodes"]}
+    assert {name: each["is_remote"] for name, each in found.items()} == {"box": True, "box-local": False}
+    assert found["box"]["ssh"] == "ana@127.0.0.1:9" and found["box"]["status"] != "ready"
+    told = home.run("nodes", "list").err
+    assert "box-local: this machine's agent is called box" in told and "node_name" in told
+    answer = home.run("infer", "--model", "demo", "--temperature", "0", "Count from 5 to 7.", "--json")
+    assert answer.code == 0 and answer.json["node"] == "box-local", answer
+    # What a person wishes of it is kept by that name; and a drained one is no failed start.
+    assert home.run("nodes", "drain", "box-local", "-q").code == 0
+    assert home.run("down").code == 0
+    assert home.run("up", "-q").code == 0
+    listed = home.run("nodes", "list", "--json").json["nodes"]
+    assert [(each["name"], each["is_drained"]) for each in listed] == [("box", False), ("box-local", True)]
+
+
 def test_a_machine_is_one_node_by_whatever_address(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +136,8 @@ def test_a_machine_is_one_node_by_whatever_address(
         joined = home.run("nodes", "add", "far", "--ssh", server.target, *given, "--json")
         assert joined.code == 0, joined
         assert joined.json["key_path"] == str(tmp_path / "far/key")
+        assert "the same machine as box: its memory is shared" in joined.err
+        assert joined.json["same_machine_as"] == ["box"]
         lease = joined.json["lease"]
         again = home.run("nodes", "add", "near", "--ssh", f"localhost:{server.port}", *given, "--json")
         error = again.json["error"]

@@ -1,14 +1,16 @@
-"""Deadlines, restart intensity, the registry of workers."""
+"""Deadlines, restart intensity, names of nodes, the registry of workers."""
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.states import WorkerState
 from arriero.domain import deadlines
+from arriero.domain.node_names import free_name
 from arriero.domain.restarts import CrashHistory, RestartPolicy
 from arriero.domain.workers import WorkerRegistry
 
@@ -48,6 +50,15 @@ def test_crashes_far_apart_refuse_nothing() -> None:
     for at in range(0, 600, 40):
         history.crashed(float(at))
     assert history.refused_for_s(600.0) == 0
+
+
+@given(st.from_regex(ids.NODE_NAME, fullmatch=True), st.integers(0, 12))
+def test_a_name_that_is_taken_gives_another_one(name: str, others: int) -> None:
+    taken: list[str] = []
+    for _ in range(others + 1):
+        taken.append(free_name(name, taken))
+    assert taken[0] == name and len(set(taken)) == len(taken)
+    assert all(ids.NODE_NAME.fullmatch(each) for each in taken)
 
 
 def record(

@@ -11,6 +11,7 @@ from arriero.client import discovery
 from arriero.client.api import Agent, Orchestrator
 from arriero.client.connection import Limits
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.peers import reading_token
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import PeerSource
 from arriero.runtime.state_dir import StateDir
@@ -63,7 +64,7 @@ def peer_of(home: Path) -> PeerSource:
     if found is None:
         raise ArrieroError(ErrorCode.NOT_RUNNING, f"no agent runs with the state folder {home}")
     name = Agent(found.url, found.token, limits=_LIMITS).health().name
-    return PeerSource(url=found.url, token=found.token, node=name)
+    return PeerSource(url=found.url, token=reading_token(found.token), node=name)
 
 
 def find(agent: Agent, wanted: str) -> ModelRecord:

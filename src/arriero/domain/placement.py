@@ -5,7 +5,7 @@ Split by question: what is asked for (`placement_wants`), workers (`placement_wo
 (`placement_eviction`) and when (`placement_turns`), machines that are woken (`placement_wake`).
 """
 
-from arriero.domain.placement_nodes import Candidate, NodeChoice, NodeView, candidates, choose_node, refuse
+from arriero.domain.placement_nodes import Candidate, NodeChoice, NodeView, candidates, choose_node
 from arriero.domain.placement_wants import ModelFacts, Refusal, Wants, gib, labels_of
 from arriero.domain.placement_workers import WorkerChoice, WorkerIndex, WorkerView, choose_worker
 
@@ -24,5 +24,4 @@ __all__ = [
     "choose_worker",
     "gib",
     "labels_of",
-    "refuse",
 ]

@@ -284,7 +284,7 @@ def _unfit(node: NodeView, wants: Wants, facts: ModelFacts) -> Refused | None:
         assert facts.disk_mb is not None and node.disk_free_mb is not None
         return (
             ErrorCode.INSUFFICIENT_DISK,
-            f"has {gib(node.disk_free_mb)} GiB of disk free, fetching the model takes {gib(facts.disk_mb)}",
+            f"has {gib(node.disk_free_mb)} GiB of disk free, fetching it takes {gib(facts.disk_mb)} GiB",
         )
     return None
 

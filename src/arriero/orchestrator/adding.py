@@ -24,7 +24,7 @@ from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
-from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import address_of, ask_capabilities, connected, read_run_record
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
@@ -278,6 +278,9 @@ class Adding:
                 actor=entry.name,
             )
         )
+        if same := self._registry.on_machine(capabilities.machine_id):
+            message = shared_memory([node.name for node in same])
+            tell(NodeStep(step="health", message=message, actor=entry.name))
         if self._registry.find(entry.name) is not None:
             fail(ErrorCode.NODE_ALREADY_EXISTS, f"a node is called {entry.name!r} by now", node=entry.name)
         node = await self._membership.register(msgspec.structs.replace(entry, capabilities=capabilities))

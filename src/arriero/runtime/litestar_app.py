@@ -1,11 +1,9 @@
 """How does a daemon's Litestar application answer errors in the one shape?"""
 
 import logging
-import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-import msgspec
 from litestar import Litestar, Request, Response
 from litestar.exceptions import HTTPException, NotFoundException
 from litestar.openapi.config import OpenAPIConfig
@@ -13,10 +11,10 @@ from litestar.types import ControllerRouterHandler
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.version import __version__
+from arriero.runtime import bodies
 from arriero.runtime.asgi import error_bytes
 
 _log = logging.getLogger("arriero.http")
-_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]*)`")
 
 
 def make_app(
@@ -79,12 +77,4 @@ def _on_fault(request: Request[Any, Any, Any], error: Exception) -> Response[byt
 
 async def decode_body(request: Request[Any, Any, Any], kind: type[Any]) -> Any:
     """Return the request's JSON body as `kind`.  Raises INVALID_REQUEST with the field and the reason."""
-    try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except msgspec.ValidationError as error:
-        reason, _, where = str(error).partition(" - at ")
-        named = _UNKNOWN_FIELD.search(reason)
-        field = named[1] if named else where.strip("`$.") or None
-        raise ArrieroError(ErrorCode.INVALID_REQUEST, str(error)[:500], param=field, reason=reason) from error
-    except msgspec.DecodeError as error:
-        raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error
+    return bodies.decode(await request.body(), kind)

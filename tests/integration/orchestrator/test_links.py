@@ -43,10 +43,11 @@ class BrokenReach:
         self.drops += 1
 
 
-def registered(registry: NodeRegistry, name: str) -> Node:
+def registered(registry: NodeRegistry, name: str, machine_id: str = "") -> Node:
     has = Capabilities(
         name=name, version="0.1.0", api_version=1, backends=["cpu"], devices=[], engines={},
         ram_mb=8000, ram_free_mb=4000, disk_free_mb=9000, cpu_cores=2, os="linux", arch="x86_64",
+        machine_id=machine_id,
     )  # fmt: skip
     return registry.add(NodeEntry(name=name, ssh="u@h", install_path="arr", capabilities=has))
 
@@ -82,9 +83,9 @@ class GoneReach(BrokenReach):
         fail(ErrorCode.NODE_UNREACHABLE, "the connection is gone")
 
 
-def held(registry: NodeRegistry, name: str, http: Http) -> tuple[Node, Line]:
+def held(registry: NodeRegistry, name: str, http: Http, machine_id: str = "") -> tuple[Node, Line]:
     """Return a node that was held until now, and its line, over which nothing leads to it any more."""
-    node = registered(registry, name)
+    node = registered(registry, name, machine_id)
     line = Line(GoneConnection(SystemEntropy(), Path()), http, holder_id="o-1", lease=1)
     snapshot = AgentSnapshot(capabilities=node.capabilities, workers=[], downloads=[], worker_tokens={})
     agent = RunRecord(pid=1, url="http://127.0.0.1:9", version="0.1.0", started=0.0)
@@ -103,6 +104,47 @@ async def test_a_node_whose_connection_is_gone_is_no_choice_from_then_on() -> No
         while node.state is not NodeState.UNREACHABLE:
             await registry.changed.wait()
         task.cancel()
+
+
+async def test_nodes_of_one_machine_share_what_is_promised_of_its_memory() -> None:
+    registry = NodeRegistry(SystemClock(), Feed())
+    views = registry.views
+    names = ("one", "two", "elsewhere")
+
+    def promised_mb() -> list[int]:
+        found = [views.node(name) for name in names]
+        return [view.promised_mb.get("cpu", 0) for view in found if view is not None]
+
+    def beat(name: str, promised: int) -> None:
+        views.beat(
+            name,
+            ram_free_mb=4000,
+            disk_free_mb=9000,
+            devices=[],
+            promised_mb={"cpu": promised} if promised else {},
+        )
+
+    async with Http() as http:
+        (one, _), (two, _), _ = (
+            held(registry, name, http, machine_id) for name, machine_id in zip(names, "aab", strict=True)
+        )
+        assert (one.record().same_machine_as, two.record().same_machine_as) == (["two"], ["one"])
+        assert registry.node("elsewhere").record().same_machine_as == []
+        assert "the same machine as one" in two.record().advice[0]
+        # Given away by us, then told by its agent: counted on both, once.
+        movement = views.reserve("one", "cpu", 3000)
+        assert promised_mb() == [3000, 3000, 0]
+        movement.beats_left = 1
+        beat("one", 2500)
+        assert promised_mb() == [2500, 2500, 0]
+        views.reserve("two", "cpu", 100)
+        assert promised_mb() == [2600, 2600, 0]
+        # What does not answer promises nothing any more, and who has gone shares nothing.
+        registry.unreachable(one, ArrieroError(ErrorCode.NODE_UNREACHABLE, "cut"))
+        beat("two", 0)
+        assert promised_mb() == [2600, 100, 0]
+        registry.removed("one")
+        assert two.record().same_machine_as == [] and two.record().advice == []
 
 
 @pytest.mark.parametrize("cascades", [False, True])

@@ -37,6 +37,7 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 @options.node_option("Only on this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
+@options.label_option
 @click.option(
     "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Limit of an answer."
 )
@@ -48,6 +49,7 @@ def chat(*, as_json: bool, quiet: bool, **given: Any) -> int:
     With piped stdin each line is answered in turn.  With --json each answer is one JSON line.
     Nothing of the talk is written to disk.
     """
+    given["labels"] = options.labels_of(given["labels"])
     narrator = Narrator(is_quiet=quiet)
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
         return Talk(client, given, narrator, as_json=as_json).run()
@@ -167,4 +169,5 @@ class Talk:
             node=self._given["node"],
             backend=self._given["backend"],
             device=self._given["device"],
+            labels=self._given["labels"],
         )

@@ -44,8 +44,14 @@ def explain(
         render.data(explained)
     else:
         _show(explained)
-    has_place = explained.worker_id or explained.node or explained.would_evict or explained.would_wake
-    return Exit.OK if has_place else Exit.ERROR
+    has_place = (
+        explained.worker_id,
+        explained.node,
+        explained.would_evict,
+        explained.would_wait_for,
+        explained.would_wake,
+    )
+    return Exit.OK if any(has_place) else Exit.ERROR
 
 
 def _show(explained: PlacementExplained) -> None:
@@ -56,7 +62,7 @@ def _show(explained: PlacementExplained) -> None:
         )
         render.out(f"{explained.model_ref} needs {render.mib_text(explained.needed_mb)}{least}")
     else:
-        render.out(f"{explained.model_ref}: what it needs is not known before it was fetched")
+        render.out(f"{explained.model_ref}: what it needs is known once a node has it")
     if explained.workers:
         render.out("")
         render.table(_WORKER_COLUMNS, [_worker_row(worker) for worker in explained.workers])

@@ -320,6 +320,8 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
                     raise
                 failed.append((each, error))
                 render.error(error)
+    if failed:
+        render.note(f"not upgraded: {', '.join(each for each, _ in failed)}")
     if as_json:
         render.data(
             {"nodes": [each.node for each in done], "failed": {each: e.body() for each, e in failed}}

@@ -18,7 +18,7 @@ from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.reach import told_of_node
 from arriero.orchestrator.routes.followed import Followed, Tell, Work
-from arriero.orchestrator.routes.streams import decode_strictly
+from arriero.runtime import bodies
 
 Asked: TypeAlias = Request[Any, Any, Any]
 LOG_LINES_MAX: Final = 100_000
@@ -83,7 +83,7 @@ def _changing(o: Orchestrator) -> list[ControllerRouterHandler]:
     @patch("/v1/nodes/{name:str}")
     async def update(request: Asked, name: FromPath[str]) -> NodeRecord:
         """Change labels, address, key, accepted host key or hardware address of a machine."""
-        body: NodeUpdateBody = decode_strictly(await request.body(), NodeUpdateBody)
+        body = bodies.decode(await request.body(), NodeUpdateBody)
         return (await o.membership.update(name, body)).record()
 
     @post("/v1/nodes/{name:str}/undrain", status_code=200)
@@ -98,7 +98,7 @@ def _working(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/nodes", status_code=200)
     async def add(request: Asked) -> ASGIApp:
         """Have a machine join: an event stream of steps, at its end the machine."""
-        body: NodeAddBody = decode_strictly(await request.body(), NodeAddBody)
+        body = bodies.decode(await request.body(), NodeAddBody)
         o.adding.check(body)
         return _followed(o, lambda tell: o.adding.add(body, tell))
 
