@@ -136,6 +136,21 @@ async def test_more_output_than_is_kept_does_no_harm(connection: Connection) -> 
     assert completed.stderr.endswith(b"\n299999\n300000\n") and len(completed.stderr) == 1000
 
 
+async def test_lines_are_heard_as_they_come(connection: Connection, tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    def hear(line: bytes) -> None:
+        heard.append(line)
+        (tmp_path / "heard").touch()
+
+    # It goes on only when its first line was heard.
+    script = 'printf "begun\nhalf"; until [ -e "$1" ]; do sleep 0.01; done; printf "way\n\nend"'
+    argv = ["sh", "-c", script, "sh", str(tmp_path / "heard")]
+    done = await connection.run(argv, timeout_s=10, on_line=hear)
+    assert done.stdout == b"begun\nhalfway\n\nend"
+    assert heard == [b"begun", b"halfway", b""]
+
+
 async def test_input_that_nobody_reads(connection: Connection) -> None:
     assert await run(connection, "true", stdin=b"x" * 3_000_000) == b""
 
@@ -215,8 +230,10 @@ async def test_a_file_is_put_and_read(connection: Connection, tmp_path: Path, na
 async def test_a_large_file_is_put_from_the_disk(connection: Connection, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(random.Random(2).randbytes(5_000_001))
-    await connection.put(source, str(tmp_path / "copy"), mode=0o600)
+    sent: list[int] = []
+    await connection.put(source, str(tmp_path / "copy"), mode=0o600, on_sent=sent.append)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert sent == sorted(sent) and sent[-1] == 5_000_001
 
 
 async def test_an_empty_file(connection: Connection, tmp_path: Path) -> None:

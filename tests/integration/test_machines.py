@@ -79,6 +79,10 @@ async def test_from_nothing_to_a_running_agent_and_back(
         found = await machines.survey(connection, str(path), told)
         first = await machines.install(connection, found, told)
         assert first.is_new and first.previous is None
+        # pip is silent while it works: how far it is is told.
+        far = [step.fraction for step in told.steps if step.step == "install" and step.fraction is not None]
+        assert len(far) > 2 and far == sorted(far), far
+        assert "packages are in place" in told.of("install")
         assert "were there" in told.of("package") and "fetching" not in told.of("package")
         assert (path / "current").resolve() == path / "envs" / first.tag
 

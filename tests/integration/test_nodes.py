@@ -117,6 +117,7 @@ def test_the_link_is_cut_and_nothing_dies(home: Home, remote: Remote) -> None:
     assert shown["error"]["code"] == "NODE_UNREACHABLE"
     refused = home.run(*COUNT, "--node", "far", "--json")
     assert (refused.code, refused.json["error"]["code"]) == (1, "NODE_UNREACHABLE")
+    assert "`arriero nodes show far`" in refused.json["error"]["details"]["suggested_action"]
     remote.server.start()
     status_is(home, "far", "ready")
     assert node(home, "far")["lease"] > shown["lease"]
@@ -166,6 +167,8 @@ def test_an_unknown_host_key_is_shown_and_accepted(home: Home, remote: Remote) -
     status_is(home, "far", "unreachable")
     until("the reason is told", lambda: node(home, "far")["error"]["code"] == "SSH_HOST_KEY_CHANGED")
     update = ("nodes", "update", "far", "--accept-host-key", server.fingerprint())
+    for told in (node(home, "far")["error"], home.run("nodes", "logs", "far", "--json").json["error"]):
+        assert f"`arriero {' '.join(update)}`" in told["details"]["suggested_action"], told
     assert home.run(*update).code == 0
     status_is(home, "far", "ready")
 

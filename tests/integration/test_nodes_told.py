@@ -53,6 +53,15 @@ def taken_over(remote: Remote) -> Iterator[None]:
         yield
 
 
+def completed(home: Home, *words: str) -> list[str]:
+    """Return what a shell would offer instead of the last word."""
+    asked = {"_ARRIERO_COMPLETE": "zsh_complete", "COMP_WORDS": " ".join(["arriero", *words])}
+    done = home.run(COMP_CWORD=str(len(words)), **asked)
+    assert (done.code, done.err) == (0, ""), done
+    # A kind, a value, a help.
+    return done.out.splitlines()[1::3]
+
+
 def test_a_group_without_a_command_shows_its_help_as_it_is_laid_out(home: Home) -> None:
     done = home.run("nodes")
     assert (done.code, done.out) == (2, "")
@@ -72,15 +81,23 @@ def test_a_label_is_refused_in_the_words_of_the_command(home: Home, label: str) 
     assert error["message"].startswith("--label ") and "KEY" in error["message"]
 
 
+def test_nothing_is_offered_and_nothing_said_where_nothing_runs(home: Home) -> None:
+    assert completed(home, "infer", "--node", "") == []
+    assert home.processes() == []
+
+
 def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
     for words, told in (
         (("--accept-host-key", "SHA256:xyz"), "'SHA256:xyz' is no fingerprint of a host key"),
         (("--install-path", "my files"), "'my files' is no install path"),
+        (("--ssh", "ana@"), "'ana@' is no address of a machine"),
+        (("--ssh", ""), "'' is no address of a machine"),
     ):
         done = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", *words, "--json")
         error = done.json["error"]
         assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
         assert error["message"].startswith(told), error
+    assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
     closed = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert "`ssh -p 9 ana@127.0.0.1`" in closed["details"]["suggested_action"], closed
     own = home.run("nodes", "add", "box", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
@@ -139,6 +156,9 @@ def test_a_machine_is_one_node_by_whatever_address(
             home.run("nodes", "update", "far", "--label", "room=attic").err
             == "[orchestrator] far is changed\n"
         )
+        for words in (("infer", "--node"), ("nodes", "show"), ("engines", "list", "--node")):
+            assert completed(home, *words, "f") == ["far"], words
+        assert completed(home, "explain", "--label", "r") == ["room=attic"]
         home.run("nodes", "drain", "far")
         assert home.run("nodes", "undrain", "far").err == "[orchestrator] far takes work again\n"
         # A command that starts the next orchestrator waits until the machine that it names has joined.

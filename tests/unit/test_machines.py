@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.domain.keeping import DELAY_MAX_S, WELL_S, Keeping
-from arriero.orchestrator.machines import agent_child, lock, there_child, wheel
+from arriero.orchestrator.machines import agent_child, environment_child, lock, there_child, wheel
 from arriero.orchestrator.machines.there import Look, Python
 
 MARKERS = {
@@ -150,6 +150,21 @@ def test_an_older_wheel_goes(tmp_path: Path) -> None:
     (tmp_path / "arriero-0.0.0-py3-none-any.whl").write_bytes(b"old")
     packed = wheel.pack(tmp_path)
     assert [path.name for path in tmp_path.glob("*.whl")] == [packed.path.name]
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("Collecting rich-click==1.9.9 (from -r /a/runtime.txt (line 1158))", "rich-click"),
+        ("Processing /a/wheels/xllamacpp-2026.10-cp310-abi3-linux_x86_64.whl (from -r /a/b)", "xllamacpp"),
+        ("Processing ./typing_extensions-4.16.0-py3-none-any.whl", "typing_extensions"),
+        ("  Downloading rich-15.0.0.whl (300 kB)", ""),
+        ("Collecting", ""),
+        ("", ""),
+    ],
+)
+def test_pip_begins_with_a_package(line: str, package: str) -> None:
+    assert environment_child.package_begun(line) == package
 
 
 # --- Which Python --------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
-
 from arriero.cli import options, pool
 from arriero.cli.narrator import Narrator
 from arriero.client import discovery
@@ -18,9 +16,7 @@ from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import PeerSource
 from arriero.runtime.state_dir import StateDir
 
-node_option = click.option(
-    "--node", metavar="NAME", help="A machine of the pool; default: this one, or the only one there is."
-)
+node_option = options.node_option("A machine of the pool; default: this one, or the only one there is.")
 _LIMITS = Limits(total_s=30.0, attempts=3)
 
 

@@ -128,6 +128,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     advice: list[str] = []
     #: Time of one round trip over the connection, 0 where none was measured.
     latency_ms: float = 0.0
+    #: How many are in its catalog, as its agent told last.
+    models: int = 0
     machine_id: str = ""
     #: The other nodes that are the same machine.
     same_machine_as: list[str] = []

@@ -6,6 +6,7 @@ node or no trace, and says which.
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
@@ -209,8 +210,8 @@ class Adding:
                     ErrorCode.NODE_ALREADY_EXISTS,
                     f"{entry.ssh} with its {entry.install_path} is in the pool already, as {node.name}",
                     node=node.name,
-                    suggested_action=f"`arriero nodes update {node.name} --ssh {entry.ssh}` has it "
-                    "reached by this address",
+                    suggested_action=f"`arriero nodes update {node.name} --ssh {shlex.quote(entry.ssh)}` "
+                    "has it reached by this address",
                 )
         return True
 

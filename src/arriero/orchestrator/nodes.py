@@ -130,6 +130,7 @@ class Node:
             error=self.error,
             advice=[*has.advice, *self._advice()],
             latency_ms=self.latency_ms,
+            models=len(self.models),
             machine_id=has.machine_id,
             same_machine_as=self.same_machine_as,
         )
@@ -384,7 +385,7 @@ class NodeRegistry:
 
     def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
-        before, node.error = node.error, error.body()
+        before, node.error = node.error, reach.told_of_node(error, node.name).body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
             self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)

@@ -329,6 +329,16 @@ async def ask_capabilities(
             await line.shut(record.url)
 
 
+def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
+    """Return an error with advice for a registered node: commands that bear its name."""
+    error.details.setdefault("node", name)
+    option, advice = error.details.pop("option", None), error.details.get("suggested_action")
+    if isinstance(option, str) and isinstance(advice, str):
+        # Who adds a machine gives the option there; of one that is in the pool it is changed.
+        error.details["suggested_action"] = advice.replace(option, f"`arriero nodes update {name} {option}`")
+    return error
+
+
 @contextlib.asynccontextmanager
 async def connected(
     fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]

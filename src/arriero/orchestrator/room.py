@@ -24,6 +24,7 @@ from arriero.domain.placement_nodes import (
     candidates,
     chosen_node,
     no_node,
+    refuse,
 )
 from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
 from arriero.domain.placement_wake import choose_sleeper
@@ -234,9 +235,7 @@ class RoomFinder:
     def _none(self, wants: Wants, waiter: _Waiter, needed_mb: int | None, facts: ModelFacts) -> NoReturn:
         if waiter.failed:
             raise next(iter(waiter.failed.values()))
-        choice = no_node(self.views.nodes(), wants, needed_mb, facts)
-        refused = {refusal.candidate: refusal.why for refusal in choice.refused}
-        fail(choice.code or ErrorCode.NO_CAPACITY, choice.message, model_ref=wants.model_ref, refused=refused)
+        refuse(no_node(self.views.nodes(), wants, needed_mb, facts), wants)
 
     # --- Making room ----------------------------------------------------------------------------
 

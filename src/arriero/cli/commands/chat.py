@@ -29,13 +29,12 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
-              help="Model reference; default: the orchestrator's.")  # fmt: skip
+@options.model_option
 @click.option("--system", metavar="TEXT", help="A system message before everything.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of one answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(-1, 4_294_967_295), help="Makes chance repeatable.")
-@click.option("--node", metavar="NAME", help="Only on this machine of the pool.")
+@options.node_option("Only on this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @options.label_option

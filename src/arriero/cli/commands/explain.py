@@ -22,9 +22,8 @@ _NODE_COLUMNS: Final = (
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
-              help="Model reference; default: the orchestrator's.")  # fmt: skip
-@click.option("--node", metavar="NAME", help="Only this machine of the pool.")
+@options.model_option
+@options.node_option("Only this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @options.label_option

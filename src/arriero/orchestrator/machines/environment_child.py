@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from arriero.orchestrator.machines.there_child import (
     WHOLE,
     Facts,
     Refused,
+    Watch,
     call,
     current,
     missing,
@@ -22,6 +24,7 @@ from arriero.orchestrator.machines.there_child import (
     quiet,
     read,
     sha256_of,
+    tell,
     turn,
     units,
     whole,
@@ -30,6 +33,10 @@ from arriero.orchestrator.machines.there_child import (
 
 #: What a transfer that was cut left is cleared away after this time.
 PARTS_KEPT_S = 3600.0
+#: How far pip is is told no more often than so.
+TELL_EVERY_S = 0.5
+#: With these words pip begins with a package.
+_BEGINS = ("Collecting", "Processing")
 
 
 def prepare(path: str) -> Facts:
@@ -127,7 +134,50 @@ def _fill(root: Path, environment: Path, wheel: str, pip: str, carried: bool, ti
     argv = [str(environment / "bin" / "python"), str(own / pip / "pip"), *where[:1], "install", "--no-deps",
             *where[1:], *PIP_SHORT, "--require-hashes", "--only-binary=:all:", "--no-compile",
             "--no-warn-script-location", "-r", str(own / "runtime.txt"), "-r", str(arriero)]  # fmt: skip
-    call(argv, timeout_s)
+    call(argv, timeout_s, _PipWatch(environment))
+
+
+class _PipWatch(Watch):
+    """Tells how far pip is: how many packages it has got hold of, and how many are in place."""
+
+    def __init__(self, environment: Path) -> None:
+        self._environment = environment
+        self._line = b""
+        self._gathered = 0
+        self._package = ""
+        self._told = (0, 0)
+        self._look_s = 0.0
+
+    def hear(self, piece: bytes) -> None:
+        """Take what pip says."""
+        *lines, rest = (self._line + piece).split(b"\n")
+        self._line = rest[-4096:]
+        for line in lines:
+            package = package_begun(line.decode("utf-8", "replace"))
+            if package:
+                self._gathered += 1
+                self._package = package
+
+    def look(self) -> None:
+        """Count what is in place: pip says nothing while it installs."""
+        now_s = time.monotonic()
+        if now_s < self._look_s:
+            return
+        self._look_s = now_s + TELL_EVERY_S
+        installed = sum(1 for _ in self._environment.glob("lib/python*/site-packages/*.dist-info/RECORD"))
+        if self._told != (self._gathered, installed):
+            self._told = (self._gathered, installed)
+            tell({"gathered": self._gathered, "installed": installed, "package": self._package})
+
+
+def package_begun(line: str) -> str:
+    """Return the package that pip says it begins with; empty if it says something else."""
+    word, _, rest = line.strip().partition(" ")
+    if word not in _BEGINS or not rest:
+        return ""
+    # "Collecting rich-click==1.9.9 (from -r …)", "Processing /some/where/rich_click-1.9.9-py3-none-any.whl".
+    name = rest.split(" ")[0].rsplit("/", 1)[-1]
+    return re.split("[=<>~!;]" if word == "Collecting" else "-", name, maxsplit=1)[0]
 
 
 def check(environment: Path, version: str) -> None:

@@ -2,7 +2,8 @@
 
 Standard library alone, from Python 3.11 on.  `there.py` sends this module and one of those that do
 something (`survey_child.py`, `environment_child.py`, `agent_child.py`) on standard input; the answer is one
-JSON document on standard output: {"ok": …} or {"error": …}.
+JSON document on standard output, its last line: {"ok": …} or {"error": …}.  Lines before it tell how far
+it is: {"told": …}.
 """
 
 import contextlib
@@ -55,6 +56,15 @@ def main(text: str, actions: dict[str, Callable[..., Any]]) -> None:
     except OSError as error:
         answer = _system_error(error).answer
     sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def tell(told: Facts) -> None:
+    """Say how far it is, at once; end if nobody listens any more."""
+    try:
+        sys.stdout.write(json.dumps({"told": told}) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise SystemExit(1) from None
 
 
 def _end(number: int, _: Any) -> None:
@@ -259,19 +269,30 @@ def missing(folder: Path) -> list[str]:
     return found
 
 
-def call(argv: list[str], timeout_s: float) -> str:
+class Watch:
+    """Looks on while a program runs; this one does nothing."""
+
+    def hear(self, piece: bytes) -> None:
+        """Take a piece of its output, in another thread."""
+
+    def look(self) -> None:
+        """Have a look around, every now and then."""
+
+
+def call(argv: list[str], timeout_s: float, watch: Watch | None = None) -> str:
     """Run a program and return its output.
 
     It is ended when it takes too long, and when nobody waits for our answer any more: a connection that
     is gone must not leave an installation that goes on by itself.
     """
+    watch = watch or Watch()
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ARRIERO_", "PYTHON", "VIRTUAL_ENV"))}
     kept = bytearray()
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean, cwd="/"
     )
     assert process.stdout is not None
-    reader = threading.Thread(target=_keep_end, args=(process.stdout, kept), daemon=True)
+    reader = threading.Thread(target=_keep_end, args=(process.stdout, kept, watch), daemon=True)
     reader.start()
     asker = select.poll()
     asker.register(1, select.POLLERR | select.POLLHUP)
@@ -284,6 +305,7 @@ def call(argv: list[str], timeout_s: float) -> str:
                 raise Refused(
                     "INSTALL_FAILED", f"{_name(argv)} took more than {timeout_s:g} s", **_last(kept)
                 )
+            watch.look()
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:
@@ -306,8 +328,9 @@ def _tell(argv: list[str], code: int, kept: bytearray) -> NoReturn:
     raise Refused("INSTALL_FAILED", f"{_name(argv)} failed with exit code {code}: {said}", **_last(kept))
 
 
-def _keep_end(stream: Any, kept: bytearray) -> None:
+def _keep_end(stream: Any, kept: bytearray, watch: Watch) -> None:
     while piece := stream.read1(65536):
+        watch.hear(piece)
         kept += piece
         del kept[:-LAST_BYTES]
     stream.close()
