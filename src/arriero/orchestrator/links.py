@@ -42,6 +42,8 @@ _LASTING: Final = frozenset(
         ErrorCode.INTERNAL_ERROR,
     }
 )
+#: The agent that was known is not there, or another answers at its port: its run file tells which.
+_AGENT_GONE: Final = frozenset({ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
 #: It is not the node that fails, but we.
 _OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
@@ -196,7 +198,7 @@ class NodeLink:
                 await self._hold(line, record)
                 return
             except ArrieroError as error:
-                is_agent_gone = error.code in (ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE)
+                is_agent_gone = error.code in _AGENT_GONE
                 is_way_gone = line.is_gone or self._last_heard_s > gone_since_s
                 if not is_agent_gone or self._revive is None or is_way_gone:
                     raise
