@@ -339,6 +339,23 @@ def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
     return error
 
 
+async def reached_again(
+    fabric: Fabric, address: NodeAddress, clock: Clock, *, patience_s: float
+) -> Connection:
+    """Connect to a machine that was there a moment ago, again and again for `patience_s`.
+
+    Raises what connecting raises.
+    """
+    deadline_s = clock.monotonic_s() + patience_s
+    while True:
+        try:
+            return await fabric.connect(address)
+        except ArrieroError as error:
+            if error.code is not ErrorCode.NODE_UNREACHABLE or clock.monotonic_s() >= deadline_s:
+                raise
+        await clock.sleep_s(ATTEMPT_EVERY_S)
+
+
 @contextlib.asynccontextmanager
 async def connected(
     fabric: Fabric, entry: NodeEntry, tell: Callable[[NodeStep], None]

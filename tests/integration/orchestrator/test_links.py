@@ -17,7 +17,7 @@ from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import LASTING_RETRY_S, NodeLink
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import Line, LocalReach, SshReach
+from arriero.orchestrator.reach import Line, LocalReach, SshReach, reached_again
 from arriero.orchestrator.store import open_database
 from arriero.orchestrator.store.nodes import LEAP_MAX, NodeEntry, NodeStore
 from arriero.runtime.clock import SystemClock
@@ -345,6 +345,49 @@ class Slow:
         self.asked.set()
         await asyncio.Event().wait()
         return 1
+
+
+class Restarting:
+    """Machines whose sshd starts anew: the first attempts find nobody."""
+
+    def __init__(self, code: ErrorCode, attempts: int) -> None:
+        self._code = code
+        self.left = attempts
+
+    async def connect(self, address: NodeAddress) -> Connection:
+        """Fail so often."""
+        if self.left:
+            self.left -= 1
+            fail(self._code)
+        return Kept(SystemEntropy(), Path())
+
+
+class Timeless(SystemClock):
+    """One whose waits pass at once, and are counted."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def monotonic_s(self) -> float:
+        """Return how long was waited."""
+        return self._now_s
+
+    async def sleep_s(self, seconds: float) -> None:
+        """Wait no time."""
+        self._now_s += seconds
+        await asyncio.sleep(0)
+
+
+async def test_what_is_to_be_taken_back_waits_for_a_machine_that_is_gone_for_a_moment() -> None:
+    address = NodeAddress("far")
+    restarting = Restarting(ErrorCode.NODE_UNREACHABLE, 5)
+    await reached_again(restarting, address, Timeless(), patience_s=20)
+    assert not restarting.left
+    for code, is_tried_again in ((ErrorCode.NODE_UNREACHABLE, True), (ErrorCode.SSH_AUTH_FAILED, False)):
+        gone = Restarting(code, 1000)
+        with pytest.raises(ArrieroError) as caught:
+            await reached_again(gone, address, Timeless(), patience_s=20)
+        assert caught.value.code is code and (gone.left < 999) == is_tried_again
 
 
 async def test_a_connection_that_nobody_waits_for_any_more_is_closed() -> None:
