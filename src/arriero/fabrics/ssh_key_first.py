@@ -23,10 +23,10 @@ def show_key_first(connection: asyncssh.SSHClientConnection) -> None:
     usual = connection.try_next_auth
 
     def first(*, next_method: bool = False) -> None:
-        connection.try_next_auth = usual  # type: ignore[method-assign]
+        connection.try_next_auth = usual  # type: ignore[method-assign]  # Of this one connection alone.
         connection._auth = _KeyShown(connection, keys[0])
 
-    connection.try_next_auth = first  # type: ignore[method-assign]
+    connection.try_next_auth = first  # type: ignore[method-assign]  # See above.
 
 
 class _KeyShown(ClientAuth):

@@ -4,6 +4,7 @@ One table of flags: the parser here is made from it, and so are the entries of `
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -107,8 +108,12 @@ def _start(role: str, values: Mapping[str, Any]) -> int:
     if values.get("with_pid"):
         _end_with(values["with_pid"])
     if role == "agent":
+        # None of what is imported is garbage, and one that was killed is missed until the next one answers.
+        gc.disable()
         from arriero.agent import app as agent
 
+        gc.freeze()
+        gc.enable()
         return agent.main(found)
     from arriero.orchestrator import app as orchestrator
     from arriero.orchestrator.cascade import Leaving
