@@ -5,6 +5,8 @@ import contextlib
 import io
 import os
 import random
+import select
+import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +24,9 @@ from arriero.fabrics.ssh import SshFabric
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.testing.sshd import SshServer, sshd_path
+
+#: More than what SSH and sockets keep on the way of one connection.
+STUCK_BYTES = 16 << 20
 
 
 # Autouse, so that it runs before what checks that a test leaves no process behind.
@@ -306,6 +311,7 @@ def session(end: LocalEnd) -> tuple[ClientSession, str]:
 
 async def test_http_goes_to_a_port_there(connection: Connection) -> None:
     async with website() as port:
+        await connection.check_port(port)
         end = await connection.forward(port)
         assert await connection.forward(port) == end
         client, url = session(end)
@@ -420,6 +426,44 @@ async def test_a_port_there_ends_with_the_connection_and_what_goes_through_it_to
         await until("nothing listens there", lambda: not _listens(port))
 
 
+async def test_what_nobody_here_reads_or_ends_is_ended_with_the_connection(
+    connection: Connection, short_dir: Path
+) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.setblocking(False)
+        listener.bind(str(short_dir / "s"))
+        listener.listen()
+        port = await connection.expose(SocketPath(short_dir / "s"))
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        deaf: socket.socket | None = None
+        try:
+            # More than there is room for on the way: whatever carries it has to wait.
+            writer.write(b"x" * STUCK_BYTES)
+            async with asyncio.timeout(10):
+                deaf, _ = await loop.sock_accept(listener)
+            await until("it is stuck", lambda: _unread_bytes(deaf) > 0)
+            await connection.aclose()
+            # It neither reads on to the end nor writes: only its other side can have closed it.
+            await until("it is ended", lambda: _is_closed_by_the_other(deaf))
+        finally:
+            writer.transport.abort()
+            if deaf is not None:
+                deaf.close()
+
+
+def _unread_bytes(end: socket.socket) -> int:
+    with contextlib.suppress(BlockingIOError):
+        return len(end.recv(1, socket.MSG_PEEK))
+    return 0
+
+
+def _is_closed_by_the_other(end: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(end, 0)
+    return bool(poll.poll(0))
+
+
 @contextlib.asynccontextmanager
 async def _silent(path: Path) -> AsyncIterator[SocketPath]:
     """Accept, and never answer."""
@@ -462,6 +506,7 @@ async def test_what_is_closed_says_so(connection: Connection) -> None:
         connection.put(b"", "x", mode=0o600),
         connection.read("x", bytes_max=1),
         connection.forward(10),
+        connection.check_port(10),
         connection.expose(HostPort("127.0.0.1", 9)),
         connection.expose(SocketPath(Path("/nobody"))),
     ):

@@ -88,7 +88,8 @@ def test_workers_outlive_their_agent_and_are_adopted(home: Path, models: Path) -
             assert (adopted.worker_id, adopted.url, adopted.pid) == (idle.worker_id, idle.url, idle.pid)
             second.wait_worker(idle.worker_id, S.BUSY)
             assert token_of(second, idle.worker_id) == token
-            assert second.run is not None
+            assert first.run is not None and second.run is not None
+            assert second.run.url == first.run.url, "a worker that was loading would call back there"
             lease = f"{second.run.pid}:{second.run.pid_start_ticks}"
             wait_for(lambda: tell(idle, token, "/leases", "GET") == [lease], "the lease is renewed")
             tell(idle, token, "/become/idle")

@@ -133,6 +133,13 @@ def test_the_settings_file_is_taken_and_replaces_what_was_there(
         found = agent.client.capabilities()
         assert found.backends == ["vulkan", "cpu"], "the new build's backend is offered at once"
         assert [device.id for device in found.devices] == ["cpu", "vulkan:0"]
+        agent.kill()
+        # The next agent begins with what this one knew, and finds by itself that the card is gone.
+        module = engine_builds.folder_of(home) / f"vulkan-{VERSION}" / "site/xllamacpp/__init__.py"
+        module.write_bytes(b"raise ImportError('no card')")
+        agent.start()
+        wait_for(lambda: agent.client.capabilities().backends == ["cpu"], "the card is missed")
+        assert "engines_changed" in agent.log
 
 
 #: Just so much of the engine that it can be asked for its devices.

@@ -16,6 +16,7 @@ from tests.support.machines import NO_INDEX, Told, programs_in, reached
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
+from arriero.orchestrator.machines import environment_child, survey_child, there_child
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
@@ -165,3 +166,52 @@ def _agent_or_none(path: Path, *, besides: psutil.Process) -> psutil.Process | N
     except (OSError, ValueError, psutil.Error):
         return None
     return None if found.pid == besides.pid else found
+
+
+#: What remembers who lingers, and has services that do nothing.
+_SYSTEMCTL = "#!/bin/sh\nexit 0\n"
+_LOGINCTL = """#!/bin/sh
+case "$1" in
+  enable-linger) touch "$HOME/lingers" ;;
+  disable-linger) rm "$HOME/lingers" ;;
+  show-user) test -e "$HOME/lingers" && echo yes || echo no ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("lingered", [False, True])
+def test_what_a_service_needed_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lingered: bool
+) -> None:
+    home, programs, root = tmp_path / "home", tmp_path / "bin", tmp_path / "arr"
+    for name, text in (("systemctl", _SYSTEMCTL), ("loginctl", _LOGINCTL)):
+        programs.mkdir(exist_ok=True)
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    if lingered:
+        (home / "lingers").touch()
+    before = sorted(home.rglob("*"))
+    survey_child.survey(str(root))
+    assert sorted(home.rglob("*")) == before, "a look changes nothing"
+    environment_child.prepare(str(root))
+    assert there_child.service_manager(root) == "systemd" and (home / "lingers").exists()
+    there_child.make(root, there_child.units())
+    other = there_child.units() / "arriero-agent-0123.service"
+    other.touch()
+    environment_child.remove_all(root)
+    assert other.exists() and (home / "lingers").exists(), "another installation relies on it"
+    other.unlink()
+
+    environment_child.prepare(str(root))
+    for folder in (there_child.units(), *there_child.units().parents[:2]):
+        folder.rmdir()
+    there_child.make(root, there_child.units())
+    if not lingered:
+        (home / "lingers").unlink()
+    assert there_child.service_manager(root) == "systemd"
+    environment_child.remove_all(root)
+    assert sorted(home.rglob("*")) == before and not root.exists()

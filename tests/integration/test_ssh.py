@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -93,6 +94,35 @@ async def test_a_wrong_key(fabric: SshFabric, standing: SshServer) -> None:
     assert "authorized_keys" in error.details["suggested_action"]
 
 
+@pytest.fixture
+def talkative(tmp_path: Path) -> Iterator[SshServer]:
+    """A server that logs what it is asked."""
+    with SshServer(tmp_path / "talkative", more_config="LogLevel DEBUG") as running:
+        yield running
+
+
+def asked(server: SshServer) -> list[str]:
+    return re.findall(r"userauth-request .* method (\S+)", server.log.read_text())
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ssh-rsa"])
+async def test_a_given_key_is_shown_before_anything_is_asked(
+    fabric: SshFabric, talkative: SshServer, kind: str
+) -> None:
+    key = asyncssh.generate_private_key(kind)
+    key.write_private_key(talkative.key)
+    (talkative.folder / "authorized_keys").write_bytes(key.export_public_key())
+    await works(fabric, known(talkative))
+    assert asked(talkative) == ["publickey"]
+
+
+async def test_a_machine_that_refuses_the_key_is_asked_what_it_takes(
+    fabric: SshFabric, talkative: SshServer
+) -> None:
+    await refused(fabric, known(talkative, key_path=str(talkative.wrong_key)))
+    assert asked(talkative) == ["publickey", "none", "publickey"]
+
+
 async def test_a_wrong_user(fabric: SshFabric, standing: SshServer) -> None:
     address = NodeAddress(
         "127.0.0.1", standing.port, "nobody-of-that-name", str(standing.key), standing.fingerprint()
@@ -150,7 +180,7 @@ async def test_too_many_keys(fabric: SshFabric, standing: SshServer, ssh_dir: Pa
     names = [ssh_dir / f"key{index}" for index in range(8)]
     for path in names:
         path.write_bytes(asyncssh.generate_private_key("ssh-ed25519").export_private_key())
-    (ssh_dir / "config").write_text("".join(f"IdentityFile {path}\n" for path in names))
+    (ssh_dir / "config").write_text("".join(f'IdentityFile "{path}"\n' for path in names))
     address = NodeAddress.parse(standing.target, host_key=standing.fingerprint())
     assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
 
@@ -232,7 +262,7 @@ async def test_a_revoked_host_key(fabric: SshFabric, standing: SshServer, ssh_di
 async def test_a_name_of_the_configuration(fabric: SshFabric, standing: SshServer, ssh_dir: Path) -> None:
     (ssh_dir / "config").write_text(
         f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  User {standing.user}\n"
-        f"  IdentityFile {standing.key}\n  RemoteCommand false\n  SendEnv *\n  RequestTTY force\n"
+        f'  IdentityFile "{standing.key}"\n  RemoteCommand false\n  SendEnv *\n  RequestTTY force\n'
     )
     (ssh_dir / "known_hosts").write_text(standing.known_hosts_line())
     await works(fabric, NodeAddress("box"))
@@ -257,7 +287,7 @@ async def test_a_host_on_the_way(
     fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path
 ) -> None:
     (ssh_dir / "config").write_text(
-        f"Host jump\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile {server.key}\n"
+        f'Host jump\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
         f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  ProxyJump jump\n"
     )  # fmt: skip
     address = NodeAddress("box", key_path=str(standing.key), host_key=standing.fingerprint())
@@ -431,7 +461,7 @@ async def test_a_server_without_files_or_ports(fabric: SshFabric, tmp_path: Path
     with SshServer(tmp_path / "few", more_config="AllowTcpForwarding no\nMaxSessions 1") as server:
         async with connected(fabric, known(server)) as connection:
             with pytest.raises(ArrieroError) as failed:
-                await connection.forward(server.port)
+                await connection.check_port(server.port)
             assert failed.value.code is ErrorCode.SSH_COMMAND_FAILED
             assert "AllowTcpForwarding yes" in failed.value.details["suggested_action"]
             await connection.run(["true"], timeout_s=10)

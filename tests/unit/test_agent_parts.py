@@ -6,10 +6,12 @@ import os
 from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from arriero.agent import engine_memory
 from arriero.agent.child import worker_argv
-from arriero.agent.engine_builds import FoundBuild, this_platform
+from arriero.agent.engine_builds import BuildFile, FoundBuild, this_platform
 from arriero.agent.events import QUEUE_MAX, Feed
 from arriero.agent.held import callback_token
 from arriero.agent.machine import Machine, seen_by_engine_alone, shown_devices
@@ -24,6 +26,7 @@ from arriero.domain.preflight import Promise, Promises, Wish
 from arriero.engines.base import EngineSpec, Estimate
 from arriero.engines.fake import Fake
 from arriero.engines.llamacpp_backends import EngineDevice
+from arriero.runtime import processes, state_dir
 from arriero.runtime.log_files import rotate
 
 # --- Logs --------------------------------------------------------------------------------------
@@ -165,6 +168,40 @@ def machine(tmp_path: Path) -> Machine:
     made = Machine(node="n", home=tmp_path, engines={}, builds=[own], platform=this_platform())
     made.look()
     return made
+
+
+def test_what_builds_answered_holds_for_this_boot_and_these_builds(tmp_path: Path) -> None:
+    own = FoundBuild(
+        EngineBuild(name="cpu", version="1", is_own=True, backends=["cpu"]),
+        (EngineDevice("cpu", 0, "a processor", 0, 0),),
+    )
+    folder = tmp_path / "engines/cu128-1"
+    known = BuildFile(name="cu128", version="1", sha256="a", wheel="w", installed_unix=1.0)
+    card = FoundBuild(
+        EngineBuild(name="cu128", version="1", backends=["cuda"], sha256="a", installed_unix=1.0),
+        (EngineDevice("cuda", 0, "a card", 2, 1),),
+        folder / "site",
+    )
+    assert engine_memory.recall(tmp_path) is None
+    folder.mkdir(parents=True)
+    state_dir.write(folder / "build.json", known)
+    engine_memory.remember(tmp_path, [own, card])
+    assert engine_memory.recall(tmp_path) == (own, card)
+    # Another boot.
+    file = tmp_path / "engines.json"
+    content = file.read_text()
+    file.write_text(content.replace(processes.boot_id(), "another"))
+    assert engine_memory.recall(tmp_path) is None
+    # Another build in its place, or none.
+    file.write_text(content)
+    state_dir.write(folder / "build.json", msgspec.structs.replace(known, installed_unix=2.0))
+    assert engine_memory.recall(tmp_path) is None
+    (folder / "build.json").unlink()
+    assert engine_memory.recall(tmp_path) is None
+    # One that could not be used may be of use by now.
+    useless = FoundBuild(EngineBuild(name="cpu", version="1", is_own=True, problem="no"), ())
+    engine_memory.remember(tmp_path, [useless])
+    assert engine_memory.recall(tmp_path) is None
 
 
 class Hungry(Fake):

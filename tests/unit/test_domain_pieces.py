@@ -1,4 +1,4 @@
-"""Deadlines, restart intensity, names of nodes, the registry of workers."""
+"""Deadlines, restart intensity, names of nodes, the registry of workers, errors that crossed the wire."""
 
 import msgspec
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.contracts import ids
-from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.errors import ArrieroError, ErrorBody, ErrorCode, from_body
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.states import WorkerState
 from arriero.domain import deadlines
@@ -31,6 +31,13 @@ def test_the_tightest_limit_counts() -> None:
 def test_a_deadline_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         deadlines.parse_header(text)
+
+
+@pytest.mark.parametrize("code", ["NOT_FOUND", "NOBODY_KNOWS"])
+def test_an_error_from_elsewhere_may_have_details_of_any_name(code: str) -> None:
+    details = {"code": 1, "message": [], "self": {}, "port": 7}
+    error = from_body(ErrorBody(code, "said", details))
+    assert error.details == details and error.message.endswith("said")
 
 
 def test_three_crashes_in_the_window_refuse_the_model_for_a_growing_while() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.domain.keeping import DELAY_MAX_S, WELL_S, Keeping
-from arriero.orchestrator.machines import agent_child, environment_child, lock, wheel
+from arriero.orchestrator.machines import agent_child, environment_child, lock, there_child, wheel
 from arriero.orchestrator.machines.there import Look, Python
 
 MARKERS = {
@@ -30,6 +30,35 @@ MARKERS = {
 PI = lock.Target("Linux", "aarch64", "glibc 2.31", "6.1", (3, 12, 3))
 ALPINE = lock.Target("Linux", "x86_64", "musl 1.2.4", "6.1", (3, 12, 3))
 MAC = lock.Target("Darwin", "arm64", "", "14.5", (3, 13, 0))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("Linux", "x86_64", "glibc 2.999999999", "6.1"),
+        ("Linux", "aarch64", "musl 1.99999999999", "6.1"),
+        ("Darwin", "arm64", "", "99999999.1"),
+        ("Darwin", "x86_64", "", ""),
+    ],
+)
+def test_whatever_a_machine_says_of_its_version_a_list_stays_short(said: tuple[str, str, str, str]) -> None:
+    assert len(lock.Target(*said, (3, 12, 3)).platforms()) < 2000
+
+
+def test_where_others_can_exchange_what_is_run_nothing_is_installed(tmp_path: Path) -> None:
+    there = tmp_path / "shared" / "of-us"
+    there.mkdir(parents=True)
+    assert there_child.exposed_at(there) == "" == there_child.path_problem(there / "arr")
+    there.parent.chmod(0o777)
+    assert there_child.exposed_at(there) == str(there.parent)
+    assert str(there.parent) in there_child.path_problem(there / "arr")
+    # As /tmp: others may write, and change nothing of ours.
+    there.parent.chmod(0o1777)
+    assert there_child.exposed_at(there) == ""
+    there.parent.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(there)
+    assert there_child.exposed_at(link) == str(there.parent)
 
 
 # --- The lock ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 from typing import cast
+from urllib.parse import urlsplit
 
 from arriero.agent.adoption import adopt
 from arriero.agent.catalog import CatalogEntry, ModelCatalog
@@ -57,6 +58,8 @@ BEAT_S = 1.0
 #: Beats between two looks at the devices: asking a driver may take a second.
 DEVICES_BEATS = 10
 TIDY_S = 2.0
+#: An agent that begins with what the one before knew has been found by those who miss it by then.
+ASK_ENGINES_AFTER_S = 3.0
 #: Workers that are bound to an orchestrator go when it was silent for so many times `node_timeout_s`: a cut
 #: of seconds must not end them.
 BOUND_TIMEOUTS = 5
@@ -96,7 +99,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """
     state = StateDir(settings.home_path())
     state.prepare()
-    with state.lock("agent"), contextlib.closing(bind("127.0.0.1", settings.agent_port)) as sock:
+    with state.lock("agent"), contextlib.closing(_bound(settings, state)) as sock:
         inspect = formats.inspect_model
         catalog = await ModelCatalog.open(state.catalog_db, state.models, SystemClock(), inspect)
         try:
@@ -106,6 +109,18 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
                 await agent.live(sock)
         finally:
             await catalog.close()
+
+
+def _bound(settings: Settings, state: StateDir) -> socket.socket:
+    """Return a listening socket; where any port will do, that of an agent that was killed.
+
+    Workers that were loading call back there, and whoever spoke to it asks there first.
+    """
+    before = None if settings.agent_port else state.recorded("agent")
+    if before is not None:
+        with contextlib.suppress(ArrieroError):
+            return bind("127.0.0.1", urlsplit(before.url).port or 0)
+    return bind("127.0.0.1", settings.agent_port)
 
 
 def provision_limits(settings: Settings) -> ProvisionLimits:
@@ -222,6 +237,8 @@ class _Agent:
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
                 self._group.create_task(self._end_in_order(), name="end"),
             ]
+            if self._machine.is_recalled:
+                tasks.append(self._group.create_task(self._ask_engines(), name="ask-engines"))
             guard = Guard(
                 Leased(self._app(), self._lease),
                 token=self._token,
@@ -307,6 +324,10 @@ class _Agent:
                     promised_mb=self._supervisor.promises().by_device(),
                 )
             )
+
+    async def _ask_engines(self) -> None:
+        await self._clock.sleep_s(ASK_ENGINES_AFTER_S)
+        await self._engines.look_again()
 
     async def _tidy(self) -> None:
         while True:

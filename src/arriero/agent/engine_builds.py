@@ -23,6 +23,7 @@ from arriero.domain import engine_builds as choice
 from arriero.domain.engine_builds import BuildView, Platform, WantedBuild
 from arriero.domain.preflight import PREFERENCE
 from arriero.engines.llamacpp_backends import EngineAnswer, EngineDevice, ask
+from arriero.runtime import state_dir
 
 PACKAGE: Final = "xllamacpp"
 FOLDER_NAME: Final = "engines"
@@ -89,8 +90,17 @@ def folder_of(home: Path) -> Path:
 
 def look(home: Path) -> tuple[FoundBuild, ...]:
     """Return all builds, each asked in a process of its own; blocks for some seconds."""
-    installed = [_installed(path) for path in sorted(folder_of(home).glob(f"*/{RECORD_NAME}"))]
-    return (_own(), *(build for build in installed if build is not None))
+    return (_own(), *(_installed(site, known) for site, known in files(home)))
+
+
+def files(home: Path) -> list[tuple[Path, BuildFile]]:
+    """Return what was installed beside the environment's own build, with the folder it is imported from."""
+    found = []
+    for path in sorted(folder_of(home).glob(f"*/{RECORD_NAME}")):
+        known = state_dir.read(path, BuildFile)
+        if known is not None and not path.parent.name.startswith("."):
+            found.append((path.parent / SITE, known))
+    return found
 
 
 def tidy(home: Path) -> None:
@@ -169,15 +179,7 @@ def _own() -> FoundBuild:
     return FoundBuild(described(name, version, answer, is_own=True), answer.devices)
 
 
-def _installed(path: Path) -> FoundBuild | None:
-    """Return the build whose record is `path`; None if that is none of ours."""
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=BuildFile)
-    except (OSError, msgspec.DecodeError):
-        return None
-    if path.parent.name.startswith("."):
-        return None
-    site = path.parent / SITE
+def _installed(site: Path, known: BuildFile) -> FoundBuild:
     version = engine_version()
     if known.version.partition("+")[0] != version.partition("+")[0]:
         answer = EngineAnswer(

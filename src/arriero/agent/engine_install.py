@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from arriero.agent import engine_builds, engine_wheel, pip
-from arriero.agent.engine_builds import BuildFile
+from arriero.agent import engine_builds, engine_memory, engine_wheel, pip
+from arriero.agent.engine_builds import BuildFile, FoundBuild
 from arriero.agent.engine_uploads import Uploads
 from arriero.agent.engine_wheel import CheckedWheel
 from arriero.agent.machine import Machine
@@ -126,11 +126,25 @@ class EngineInstaller:
             shutil.rmtree(scratch, ignore_errors=True)
             if body.wheel is not None:
                 await asyncio.shield(self.uploads.clear())
-        builds = await asyncio.to_thread(engine_builds.look, self._home)
-        self._machine.take(builds)
+        await self._look()
         await self._on_change()
         self._log.info("engine_installed", build=name, version=wheel.version, sha256=wheel.sha256)
         return record
+
+    async def look_again(self) -> None:
+        """Ask the builds anew: a driver, or a card, may have changed since the agent before asked them."""
+        async with self._turn:
+            if await self._look():
+                self._log.info("engines_changed")
+                await self._on_change()
+
+    async def _look(self) -> bool:
+        def look() -> tuple[FoundBuild, ...]:
+            builds = engine_builds.look(self._home)
+            engine_memory.remember(self._home, builds)
+            return builds
+
+        return self._machine.take(await asyncio.to_thread(look))
 
     def _scratch(self) -> Path:
         try:

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from arriero.agent import engine_builds
+from arriero.agent import engine_builds, engine_memory
 from arriero.agent.engine_builds import FoundBuild
 from arriero.contracts.errors import ArrieroError
 from arriero.contracts.records import Capabilities, DeviceRecord, EngineList
@@ -30,9 +30,11 @@ class Machine:
 
     def __init__(
         self, *, node: str, home: Path, engines: Mapping[str, str], builds: Sequence[FoundBuild],
-        platform: Platform, backend: str = "",
+        platform: Platform, backend: str = "", is_recalled: bool = False,
     ) -> None:  # fmt: skip
         self.node = node
+        #: What is known of the builds was told to the agent before: they should be asked again.
+        self.is_recalled = is_recalled
         self.platform = platform
         self._home = home
         self._engines = dict(engines)
@@ -55,9 +57,13 @@ class Machine:
         """Read the devices anew without blocking the loop."""
         await asyncio.to_thread(self.look)
 
-    def take(self, builds: Sequence[FoundBuild]) -> None:
-        """Compute with these builds from now on; what is loaded goes on with the one it has."""
-        self._builds = tuple(builds)
+    def take(self, builds: Sequence[FoundBuild]) -> bool:
+        """Compute with these builds from now on; what is loaded goes on with the one it has.
+
+        Return whether they are others, or have other devices, than those before.
+        """
+        before, self._builds = self._builds, tuple(builds)
+        return [build.record for build in before] != [build.record for build in self._builds]
 
     @property
     def devices(self) -> tuple[DeviceRecord, ...]:
@@ -123,15 +129,28 @@ class Machine:
 
 
 async def look_at_machine(node: str, home: Path, *, backend: str = "") -> Machine:
-    """Return what this machine has, its engines asked; what a killed installation left is removed."""
+    """Return what this machine has, its engines asked; what a killed installation left is removed.
 
-    def look() -> tuple[dict[str, str], tuple[FoundBuild, ...]]:
+    Where the agent before has asked them since the boot, its word is taken for now.
+    """
+
+    def look() -> Machine:
         engine_builds.tidy(home)
-        return installed_engines(), engine_builds.look(home)
+        recalled = engine_memory.recall(home)
+        builds = engine_builds.look(home) if recalled is None else recalled
+        if recalled is None:
+            engine_memory.remember(home, builds)
+        return Machine(
+            node=node,
+            home=home,
+            engines=installed_engines(),
+            builds=builds,
+            platform=engine_builds.this_platform(),
+            backend=backend,
+            is_recalled=recalled is not None,
+        )
 
-    versions, builds = await asyncio.to_thread(look)
-    this = engine_builds.this_platform()
-    machine = Machine(node=node, home=home, engines=versions, builds=builds, platform=this, backend=backend)
+    machine = await asyncio.to_thread(look)
     await machine.look_aside()
     return machine
 

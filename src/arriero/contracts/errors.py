@@ -274,7 +274,10 @@ class ArrieroError(Exception):
 
 
 def _rebuild(code: ErrorCode, message: str, details: dict[str, Any]) -> ArrieroError:
-    return ArrieroError(code, message, **details)
+    error = ArrieroError(code, message)
+    # Not as arguments: what comes from elsewhere may be called as one of ours.
+    error.details = dict(details)
+    return error
 
 
 def from_body(body: ErrorBody) -> ArrieroError:
@@ -282,8 +285,8 @@ def from_body(body: ErrorBody) -> ArrieroError:
     try:
         code = ErrorCode(body.code)
     except ValueError:
-        return ArrieroError(ErrorCode.INTERNAL_ERROR, f"{body.code}: {body.message}", **body.details)
-    return ArrieroError(code, body.message, **body.details)
+        return _rebuild(ErrorCode.INTERNAL_ERROR, f"{body.code}: {body.message}", body.details)
+    return _rebuild(code, body.message, body.details)
 
 
 def fail(code: ErrorCode, message: str = "", **details: Any) -> NoReturn:

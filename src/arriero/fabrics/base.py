@@ -241,7 +241,14 @@ class Connection(Protocol):
     async def forward(self, remote_port: int) -> LocalEnd:
         """Return the local end for a loopback port there; the same one each time it is asked for.
 
-        Raises STATE_DIR_UNUSABLE if this machine has no place for a socket.
+        The machine is not asked.  Raises STATE_DIR_UNUSABLE if this machine has no place for a socket.
+        """
+        ...
+
+    async def check_port(self, remote_port: int) -> None:
+        """Know that the machine lets a loopback port there be spoken to, whether anything listens or not.
+
+        Raises SSH_COMMAND_FAILED if it does not.
         """
         ...
 

@@ -157,6 +157,10 @@ class LocalConnection:
         self._check_open()
         return HostPort("127.0.0.1", remote_port)
 
+    async def check_port(self, remote_port: int) -> None:
+        """Know it: nobody stands between."""
+        self._check_open()
+
     async def unforward(self, remote_port: int) -> None:
         """Do nothing: there is no end of ours."""
 

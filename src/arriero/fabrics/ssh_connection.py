@@ -230,7 +230,6 @@ class SshConnection:
                 return known[0]
             if self._gone.is_told:
                 raise self._lost()
-            await self._check_ports(remote_port)
             try:
                 if self._own_dir is None:
                     # A folder of the session is taken away when its user logs out, we stay.
@@ -250,8 +249,8 @@ class SshConnection:
             self._ends[remote_port] = (end, listener)
             return end
 
-    async def _check_ports(self, remote_port: int) -> None:
-        """Know, once a connection, that channels to ports are let through: an end opens in any case."""
+    async def check_port(self, remote_port: int) -> None:
+        """Know that channels to ports are let through, see `Connection.check_port`."""
         if self._are_ports_let:
             return
         try:
@@ -263,7 +262,7 @@ class SshConnection:
             writer.close()
         except ArrieroError as error:
             cause = error.__cause__
-            if not isinstance(cause, asyncssh.ChannelOpenError):
+            if self._gone.is_told or not isinstance(cause, asyncssh.ChannelOpenError):
                 raise
             if cause.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                 error.details["suggested_action"] = (

@@ -12,6 +12,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress
 from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
+from arriero.fabrics.ssh_key_first import show_key_first
 from arriero.runtime.entropy import Entropy
 
 KEEPALIVE_EVERY_S: Final = 1.0
@@ -59,10 +60,21 @@ class Presented:
 class _Client(asyncssh.SSHClient):
     """Decides on host keys that known_hosts does not hold, and tells when the connection is gone."""
 
-    def __init__(self, pinned: str | None, gone: Gone) -> None:
-        self._pinned = pinned
+    def __init__(self, address: NodeAddress, gone: Gone) -> None:
+        self._pinned = address.host_key
+        self._is_key_given = address.key_path is not None
         self._gone = gone
+        self._connection: asyncssh.SSHClientConnection | None = None
         self.presented: Presented | None = None
+
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        """Know whose the login is."""
+        self._connection = conn
+
+    def begin_auth(self, username: str) -> None:
+        """Show the key that was given for the machine, before anything is asked."""
+        if self._is_key_given and self._connection is not None:
+            show_key_first(self._connection)
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         """Return whether the key is the pinned one."""
@@ -168,7 +180,7 @@ _LoggedIn: TypeAlias = tuple[asyncssh.SSHClientConnection, Gone]
 async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) -> _LoggedIn:
     """Connect once, and accept host keys of these kinds alone."""
     gone = Gone()
-    client = _Client(address.host_key, gone)
+    client = _Client(address, gone)
     try:
         connection = await asyncssh.connect(
             **_target(address),

@@ -25,7 +25,13 @@ from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
-from arriero.orchestrator.reach import address_of, ask_capabilities, connected, read_run_record
+from arriero.orchestrator.reach import (
+    address_of,
+    ask_capabilities,
+    connected,
+    reached_again,
+    read_run_record,
+)
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
@@ -36,6 +42,8 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
+#: Of that, so long for a machine to be reached again: its sshd may be starting anew.
+REACHED_AGAIN_S: Final = 20.0
 #: Whether ports of a machine can be spoken to does not depend on which.
 ANY_PORT: Final = 9
 
@@ -176,8 +184,7 @@ class Adding:
             async with connected(self._fabric, entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 # Before anything is put there.
-                await connection.forward(ANY_PORT)
-                await connection.unforward(ANY_PORT)
+                await connection.check_port(ANY_PORT)
                 begun = Begun(survey, had_agent=await self._answers_already(entry, connection))
                 async with self._taken_back(entry, begun, tell):
                     begun.installation = await self._machines.install(
@@ -247,7 +254,9 @@ class Adding:
                 if self._registry.find(name) is not None:
                     await self._membership.forget(name)
                 # A connection of its own: the other one may be what failed.
-                connection = await self._fabric.connect(address_of(entry))
+                connection = await reached_again(
+                    self._fabric, address_of(entry), self._clock, patience_s=REACHED_AGAIN_S
+                )
                 try:
                     await self._undo(begun, connection, tell)
                 finally:

@@ -12,7 +12,8 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentEvent, AgentSnapshot, WorkerChanged
-from arriero.contracts.records import RunRecord, WorkerRecord
+from arriero.contracts.fence import number_in
+from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain import backoff
 from arriero.domain.worker_states import WORKERS
@@ -41,6 +42,8 @@ _LASTING: Final = frozenset(
         ErrorCode.INTERNAL_ERROR,
     }
 )
+#: The agent that was known is not there, or another answers at its port: its run file tells which.
+_AGENT_GONE: Final = frozenset({ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
 #: It is not the node that fails, but we.
 _OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
@@ -51,6 +54,19 @@ MISSED_SHARE: Final = 0.95
 
 #: Has the agent on a node's machine started; raises what keeps it from it.
 Revive = Callable[[Line], Awaitable[None]]
+
+
+class _Speaker(msgspec.Struct):
+    """As much of a machine's capabilities as any version tells."""
+
+    name: str = ""
+    version: str = ""
+
+
+class _Told(msgspec.Struct):
+    """As much of an event."""
+
+    capabilities: _Speaker = msgspec.field(default_factory=_Speaker)
 
 
 class NodeLink:
@@ -82,6 +98,7 @@ class NodeLink:
         self._log = logs.get("arriero.nodes")
         self._node: Node | None = registry.find(name) if name is not None else None
         self._last_heard_s = clock.monotonic_s()
+        self._was_held = False
         self._error: ArrieroError | None = None
 
     async def run(self) -> None:
@@ -114,8 +131,8 @@ class NodeLink:
                     await self._clock.sleep_s(LOOK_EVERY_S)
                     continue
                 self._error = error
-                if error.code is ErrorCode.LEASE_SUPERSEDED:
-                    await self._reach.drop(above=int(error.details.get("number", 0)))
+                if error.code is ErrorCode.LEASE_SUPERSEDED and not self._is_pushed_aside(error):
+                    await self._reach.drop(above=number_in(error.details))
                 attempt = 1 if self._last_heard_s > started_s else attempt + 1
                 if error.message != told:
                     self._log.warning(
@@ -124,12 +141,21 @@ class NodeLink:
                     told = error.message
                 if error.code in _LASTING and self._node is not None:
                     self._registry.unreachable(self._node, error)
-                    await self._clock.sleep_s(LASTING_RETRY_S)
+                    # A holder that is silent may be about to be gone.
+                    await self._clock.sleep_s(RETRY_S_MAX if _silent_s(error) else LASTING_RETRY_S)
                     continue
                 delay_s = backoff.delay_s(attempt, self._entropy.chance(), cap_s=RETRY_S_MAX)
                 await self._clock.sleep_s(max(delay_s, 0.02))
         finally:
             await self._reach.drop()
+
+    def _is_pushed_aside(self, error: ArrieroError) -> bool:
+        """Return whether somebody holds it now who took it from us.
+
+        It may be one with our own id, from a copy of our database: taking the node back at once, the two
+        would cancel each other's streams for ever.  The old number is asked with until that one is silent.
+        """
+        return self._was_held and _silent_s(error) == 0
 
     async def _hold_once(self) -> None:
         line = await self._reach.line()
@@ -172,7 +198,7 @@ class NodeLink:
                 await self._hold(line, record)
                 return
             except ArrieroError as error:
-                is_agent_gone = error.code in (ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE)
+                is_agent_gone = error.code in _AGENT_GONE
                 is_way_gone = line.is_gone or self._last_heard_s > gone_since_s
                 if not is_agent_gone or self._revive is None or is_way_gone:
                     raise
@@ -195,6 +221,10 @@ class NodeLink:
                 if event.comment is None and event.data:
                     node = await self._take(event.data, node, line, record)
                 self._last_heard_s = self._clock.monotonic_s()
+        except ArrieroError as error:
+            if error.code is ErrorCode.NODE_UNREACHABLE and node is None:
+                await line.check(record.url)
+            raise
         finally:
             await events.aclose()
             with contextlib.suppress(ArrieroError):
@@ -204,13 +234,12 @@ class NodeLink:
         try:
             event = _EVENTS.decode(data)
         except msgspec.DecodeError as error:
-            raise ArrieroError(
-                ErrorCode.VERSION_MISMATCH, f"the agent sent an event that is none of ours: {error}"
-            ) from error
+            told = node.capabilities if node is not None else _speaker(data, record)
+            raise self._unfit(told, f"sent an event that is none of ours: {error}") from error
         if isinstance(event, AgentSnapshot):
             return await self._joined(event, line, record)
         if node is None:
-            raise ArrieroError(ErrorCode.VERSION_MISMATCH, "the agent's events did not begin with a snapshot")
+            raise self._unfit(_speaker(data, record), "began its events without a snapshot")
         if isinstance(event, WorkerChanged):
             await self._lead(line, event.worker)
         self._registry.heard(node, event)
@@ -219,19 +248,7 @@ class NodeLink:
     async def _joined(self, snapshot: AgentSnapshot, line: Line, record: RunRecord) -> Node:
         has = snapshot.capabilities
         if has.api_version != API_VERSION or has.version != __version__:
-            name = self._name or has.name
-            if self._node is None:
-                self._node = self._registry.unfit(has)
-            raise ArrieroError(
-                ErrorCode.VERSION_MISMATCH,
-                f"the agent of {name} is arriero {has.version}, the orchestrator is {__version__}",
-                node=name,
-                agent_version=has.version,
-                orchestrator_version=__version__,
-                suggested_action=f"arriero nodes upgrade {name}"
-                if self._name is not None
-                else "restart the agent: `arriero down`, then `arriero up`",
-            )
+            raise self._unfit(has)
         for worker in snapshot.workers:
             await self._lead(line, worker)
         node = self._registry.joined(snapshot, line, record, name=self._name)
@@ -239,6 +256,7 @@ class NodeLink:
             why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
             self._registry.unreachable(self._node, why)
         self._node = node
+        self._was_held = True
         self._error = None
         with contextlib.suppress(ArrieroError):
             started_s = self._clock.monotonic_s()
@@ -247,14 +265,32 @@ class NodeLink:
             node.latency_ms = (self._clock.monotonic_s() - started_s) * 1000
         return node
 
+    def _unfit(self, has: Capabilities, why: str = "") -> ArrieroError:
+        """Return that the agent cannot be worked with, `why`: beyond its version; have its node listed."""
+        name = self._name or has.name
+        if self._node is None and name:
+            self._node = self._registry.unfit(has)
+        whose = f"the agent of {name or 'this machine'}"
+        return ArrieroError(
+            ErrorCode.VERSION_MISMATCH,
+            f"{whose} is arriero {has.version}, the orchestrator is {__version__}"
+            + (f"; it {why}" if why else ""),
+            node=name,
+            agent_version=has.version,
+            orchestrator_version=__version__,
+            suggested_action=f"arriero nodes upgrade {name}"
+            if self._name is not None
+            else "restart the agent: `arriero down`, then `arriero up`",
+        )
+
     async def _lead(self, line: Line, worker: WorkerRecord) -> None:
         """Have a local end that leads to a live worker, none to one that is gone."""
         if not worker.url:
             return
         if worker.state in WORKERS.final:
-            await line.shut(worker.url)
+            await line.shut(worker.url, worker.worker_id)
         else:
-            await line.open(worker.url)
+            await line.open(worker.url, worker.worker_id)
 
     async def _watch_silence(self) -> None:
         while True:
@@ -266,3 +302,20 @@ class NodeLink:
                 self._registry.unreachable(self._node, self._error or silent)
             due_s = self._missed_s - silence_s
             await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._missed_s))
+
+
+def _speaker(data: str, record: RunRecord) -> Capabilities:
+    """Return who sent an event that cannot be read; its version stands in its run file in any case."""
+    speaker = _Speaker()
+    with contextlib.suppress(msgspec.DecodeError):
+        speaker = msgspec.json.decode(data, type=_Told).capabilities
+    return Capabilities(
+        name=speaker.name, version=speaker.version or record.version, api_version=0, backends=[], devices=[],
+        engines={}, ram_mb=0, ram_free_mb=0, disk_free_mb=0, cpu_cores=0, os="", arch="",
+    )  # fmt: skip
+
+
+def _silent_s(error: ArrieroError) -> float:
+    """Return for how long, as a refusal tells, the holder has been silent; 0: it is not, or nobody tells."""
+    told = error.details.get("silent_s")
+    return told if isinstance(told, int | float) and told > 0 else 0.0

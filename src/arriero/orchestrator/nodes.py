@@ -415,11 +415,11 @@ class NodeRegistry:
 
     def observe(self, record: WorkerRecord, token: str = "") -> None:
         """Take what an agent says of one worker."""
-        if record.worker_id in self._ended:
+        before = self.workers.find(record.worker_id)
+        if record.worker_id in self._ended or (before is not None and self._is_of_another(before, record)):
             return
         if token:
             self._tokens[record.worker_id] = token
-        before = self.workers.find(record.worker_id)
         try:
             self.workers.observe(record)
         except ArrieroError as error:
@@ -442,6 +442,22 @@ class NodeRegistry:
             )  # fmt: skip
         if before != record:
             self._tell(PoolWorkerChanged(worker=self.public(record)))
+
+    def _is_of_another(self, before: WorkerRecord, record: WorkerRecord) -> bool:
+        """Return whether a machine tells of a worker that is another's: it ends and moves none of those."""
+        if before.node == record.node:
+            return False
+        # This machine's own agent may have got another name.
+        nodes = [self._nodes[name] for name in (before.node, record.node) if name in self._nodes]
+        is_foreign = any(node.entry.is_remote for node in nodes)
+        if is_foreign:
+            self._log.error(
+                "told of another node's worker",
+                worker_id=record.worker_id,
+                node=record.node,
+                owner=before.node,
+            )
+        return is_foreign
 
     def _end_unseen(self, record: WorkerRecord) -> None:
         ended = WorkerExit(code=ErrorCode.WORKER_LOST.value, message="its agent does not know it any more")

@@ -6,6 +6,7 @@ makes lines, and finds the agent at their other end.
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
@@ -13,7 +14,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
-from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.contracts.fence import FENCE_HEADER, Fence, number_in
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
 from arriero.fabrics.ssh import check_key_file
@@ -23,11 +24,16 @@ from arriero.runtime.clock import Clock
 from arriero.runtime.http import Http, Peer
 from arriero.runtime.state_dir import StateDir
 
+#: At a port is either a node's agent, or a worker with an id.
+AGENT: Final = "agent"
 RUN_FILE_BYTES_MAX: Final = 65_536
 #: While a machine does not answer, a new attempt begins so often beside those that still wait: a
 #: packet that was lost is sent again after 1, 3, 7 s, and a link may be mended at any time.
-ATTEMPT_EVERY_S: Final = 1.0
-ATTEMPTS_AT_ONCE: Final = 5
+#: No divisor of a second: what is sent again goes between the new ones.
+ATTEMPT_EVERY_S: Final = 0.4
+ATTEMPTS_AT_ONCE: Final = 10
+#: Each end is a socket of ours: one machine must not take those of all others.
+ENDS_MAX: Final = 256
 
 
 class Line:
@@ -40,25 +46,45 @@ class Line:
         self.fence = str(Fence(holder_id, lease))
         self._http = http
         self._ends: dict[int, LocalEnd] = {}
+        #: Who is at a port.  The news that one is gone may come after its port is another's.
+        self._at: defaultdict[int, set[str]] = defaultdict(set)
         self.is_gone = False
 
-    async def open(self, url: str) -> None:
-        """Have an end for the port in a daemon's `url`.
+    async def open(self, url: str, who: str = AGENT) -> None:
+        """Have an end for the port in a daemon's `url`; `who`: a worker's id.
 
-        Raises NODE_UNREACHABLE, SSH_COMMAND_FAILED, STATE_DIR_UNUSABLE.
+        Raises NODE_UNREACHABLE, STATE_DIR_UNUSABLE; VERSION_MISMATCH beyond `ENDS_MAX`.
         """
         port = Address.of(url, "").port
+        self._at[port].add(who)
         if port not in self._ends:
+            if len(self._ends) >= ENDS_MAX:
+                fail(
+                    ErrorCode.VERSION_MISMATCH,
+                    f"its agent tells of more than {ENDS_MAX} workers: it is none of ours",
+                )
             self._ends[port] = await self.connection.forward(port)
 
-    async def shut(self, url: str) -> None:
-        """Close the end of a daemon that is gone.  Safe to call twice."""
+    async def shut(self, url: str, who: str = AGENT) -> None:
+        """Close the end of a daemon that is gone, unless another is at its port.  Safe to call twice."""
         port = Address.of(url, "").port
+        self._at[port].discard(who)
+        if self._at[port]:
+            return
+        del self._at[port]
         end = self._ends.pop(port, None)
         # The socket first: whoever still has a peer must not begin anew.
         await self.connection.unforward(port)
         if isinstance(end, SocketPath):
             await self._http.forget(str(end.path))
+
+    async def check(self, url: str) -> None:
+        """Know that its machine lets a daemon's port be spoken to: what comes back of a refusal is silence.
+
+        Asked when a daemon did not answer, and not before: from far away each question takes long.  Raises
+        SSH_COMMAND_FAILED, NODE_UNREACHABLE.
+        """
+        await self.connection.check_port(Address.of(url, "").port)
 
     def end(self, url: str) -> LocalEnd | None:
         """Return the end that leads to a daemon; None before `open`."""
@@ -135,7 +161,8 @@ class LocalReach:
     async def line(self) -> Line:
         """Return the one line: this machine does not go away while we live."""
         if self._line is None:
-            lease = await self._leases.next_lease(self._above)
+            above, self._above = self._above, 0
+            lease = await self._leases.next_lease(above)
             self._line = Line(self._connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
@@ -172,7 +199,9 @@ class SshReach:
         if self._line is None:
             connection = await self._connect()
             try:
-                lease = await self._leases.next_lease(self._above)
+                # Once: what it was told may be wrong, and later numbers are larger anyway.
+                above, self._above = self._above, 0
+                lease = await self._leases.next_lease(above)
             except BaseException:
                 await connection.aclose()
                 raise
@@ -276,7 +305,8 @@ async def ask_capabilities(
 ) -> Capabilities:
     """Return what the agent of a machine tells of it, over a connection of its own.
 
-    Raises NOT_RUNNING, NODE_UNREACHABLE; LEASE_SUPERSEDED if another orchestrator holds it now.
+    Raises NOT_RUNNING, NODE_UNREACHABLE, SSH_COMMAND_FAILED; LEASE_SUPERSEDED if another orchestrator holds
+    it now.
     """
     record = await read_run_record(entry, connection)
     above = 0
@@ -288,8 +318,10 @@ async def ask_capabilities(
             peer = line.peer(record.url, record.token)
             return await peer.call("GET", "/v1/capabilities", answer=Capabilities)
         except ArrieroError as error:
-            number = error.details.get("number")
-            if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
+            if error.code is ErrorCode.NODE_UNREACHABLE:
+                await line.check(record.url)
+            number = number_in(error.details)
+            if error.code is not ErrorCode.LEASE_SUPERSEDED or number < lease:
                 raise
             # Who held it may be gone for good, and numbers rise whoever holds: once more, with a larger one.
             above = number
@@ -305,6 +337,23 @@ def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
         # Who adds a machine gives the option there; of one that is in the pool it is changed.
         error.details["suggested_action"] = advice.replace(option, f"`arriero nodes update {name} {option}`")
     return error
+
+
+async def reached_again(
+    fabric: Fabric, address: NodeAddress, clock: Clock, *, patience_s: float
+) -> Connection:
+    """Connect to a machine that was there a moment ago, again and again for `patience_s`.
+
+    Raises what connecting raises.
+    """
+    deadline_s = clock.monotonic_s() + patience_s
+    while True:
+        try:
+            return await fabric.connect(address)
+        except ArrieroError as error:
+            if error.code is not ErrorCode.NODE_UNREACHABLE or clock.monotonic_s() >= deadline_s:
+                raise
+        await clock.sleep_s(ATTEMPT_EVERY_S)
 
 
 @contextlib.asynccontextmanager

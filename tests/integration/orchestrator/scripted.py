@@ -43,7 +43,8 @@ from arriero.runtime import processes, state_dir
 from arriero.runtime.state_dir import StateDir
 
 AGENT_TOKEN = "agent-secret"
-WAIT_S = 10.0
+#: Less than a test may take (pyproject.toml); a start takes a second of a processor, which may be busy.
+WAIT_S = 30.0
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:
@@ -217,6 +218,8 @@ class ScriptedAgent:
         #: Who left a download.
         self.left: asyncio.Queue[str] = asyncio.Queue()
         self.is_silent = False
+        #: What stands in its snapshot instead of what does there.
+        self.says: dict[str, Any] = {}
         #: What a worker of a model takes, in MiB; less is free meanwhile.
         self.memory_of: dict[str, int] = {}
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
@@ -309,7 +312,10 @@ class ScriptedAgent:
             event: AgentEvent = self._snapshot()
             while True:
                 if not self.is_silent:
-                    await response.write(b"data: %s\n\n" % msgspec.json.encode(event))
+                    said = msgspec.to_builtins(event)
+                    if isinstance(event, AgentSnapshot):
+                        said |= self.says
+                    await response.write(b"data: %s\n\n" % msgspec.json.encode(said))
                 try:
                     async with asyncio.timeout(0.3):
                         event = await queue.get()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.integration.orchestrator.scripted import (
     RunningOrchestrator,
@@ -19,8 +20,10 @@ from tests.integration.orchestrator.scripted import (
 from yarl import URL
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import WorkerChanged
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.states import DownloadState, WorkerState
+from arriero.contracts.version import __version__
 
 CHAT = {"model": "demo", "stream": True, "messages": []}
 
@@ -81,6 +84,43 @@ async def test_an_agent_is_replaced_while_a_stream_flows(tmp_path: Path) -> None
         assert (ended["state"], ended["exit"]["code"]) == ("failed", "WORKER_LOST")
         assert [worker["worker_id"] for worker in listed["workers"]] == [kept.worker_id]
         assert len(with_ended["workers"]) == 2
+
+
+async def test_the_late_news_of_an_end_cuts_nobody_off_who_has_that_port_now(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        worker = await andes.add_worker()
+        await o.until("/v1/workers", lambda answer: answer["workers"])
+        gone = msgspec.structs.replace(worker.record, worker_id="w-ffffffffffff")
+        andes.tell(WorkerChanged(worker=gone, worker_token="t"))
+        stopped = msgspec.structs.replace(gone, state=WorkerState.STOPPED)
+        andes.tell(WorkerChanged(worker=stopped, worker_token=""))
+        await o.until(f"/v1/workers/{gone.worker_id}", lambda answer: answer.get("state") == "stopped")
+        async with o.session.post(f"{o.url}/v1/chat/completions", json=CHAT) as response:
+            assert "[DONE]" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [
+        ({"workers": 7}, __version__),
+        ({"type": "parley"}, __version__),
+        ({"capabilities": {"name": "andes", "version": "0.0.9"}}, "0.0.9"),
+    ],
+)
+async def test_an_agent_that_is_not_understood_is_told_with_both_versions(
+    tmp_path: Path, says: dict[str, Any], version: str
+) -> None:
+    async with agent(tmp_path) as andes:
+        andes.says = says
+        async with orchestrator(tmp_path) as o:
+            await node_is(o, "unreachable")
+            (node,) = (await o.get("/v1/nodes"))["nodes"]
+    error = node["error"]
+    assert (node["name"], error["code"]) == ("andes", "VERSION_MISMATCH")
+    told = (error["details"]["agent_version"], error["details"]["orchestrator_version"])
+    assert told == (version, __version__)
+    assert f"is arriero {version}, the orchestrator is {__version__}; it " in error["message"]
+    assert "arriero down" in error["details"]["suggested_action"]
 
 
 async def test_a_killed_orchestrator_rebuilds_its_view(tmp_path: Path) -> None:

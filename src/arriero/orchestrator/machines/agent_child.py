@@ -18,11 +18,13 @@ from arriero.orchestrator.machines.there_child import (
     Facts,
     Refused,
     current,
+    make,
     quiet,
     read,
     service_manager,
     systemctl,
     turn,
+    units,
 )
 
 #: Between SIGKILL and its effect.
@@ -157,7 +159,7 @@ def _start(root: Path, name: str, uses_services: bool, log: Path) -> str:
     # By its own path: `current` may point elsewhere when it starts a worker.
     python = root / "envs" / tag / "bin" / "python"
     env = {"ARRIERO_HOME": str(home), "ARRIERO_NODE_NAME": name, "ARRIERO_AGENT_PORT": "0"}
-    service = service_manager() if uses_services else ""
+    service = service_manager(root) if uses_services else ""
     if service and (how := _start_service(root, service, python, env, log)):
         return how
     _start_keeper(python, env, log)
@@ -222,8 +224,7 @@ def _service_name(root: Path) -> str:
 
 
 def _unit_file(root: Path) -> Path:
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return config / "systemd" / "user" / f"{_service_name(root)}.service"
+    return units() / f"{_service_name(root)}.service"
 
 
 def _plist_file(root: Path) -> Path:
@@ -245,7 +246,8 @@ def unit_text(python: str, env: dict[str, str], log: str) -> str:
         f"ExecStart={python} -m arriero agent",
         *(f"Environment={name}={value}" for name, value in sorted(env.items())),
         "Restart=always",
-        "RestartSec=1",
+        # Not at once: one that cannot start would take a whole core.
+        "RestartSec=250ms",
         # Its workers outlive an agent that is killed, and are stopped by one that is told to end.
         "KillMode=process",
         "TimeoutStopSec=60",
@@ -281,7 +283,7 @@ def _start_service(root: Path, kind: str, python: Path, env: dict[str, str], log
     name = _service_name(root)
     if kind == "systemd":
         unit = _unit_file(root)
-        unit.parent.mkdir(parents=True, exist_ok=True)
+        make(root, unit.parent)
         unit.write_text(unit_text(str(python), env, str(log)))
         if (
             not systemctl("daemon-reload")
@@ -291,7 +293,7 @@ def _start_service(root: Path, kind: str, python: Path, env: dict[str, str], log
             return "a user service (systemd)"
     elif kind == "launchd":
         file = _plist_file(root)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make(root, file.parent)
         file.write_bytes(plist(name, str(python), env, str(log)))
         for domain in ("gui", "user"):
             quiet(["launchctl", "bootout", f"{domain}/{os.getuid()}/{name}"])

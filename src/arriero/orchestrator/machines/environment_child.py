@@ -19,11 +19,14 @@ from arriero.orchestrator.machines.there_child import (
     Watch,
     call,
     current,
+    missing,
     path_problem,
+    quiet,
     read,
     sha256_of,
     tell,
     turn,
+    units,
     whole,
     write,
 )
@@ -42,12 +45,11 @@ def prepare(path: str) -> Facts:
     problem = path_problem(root)
     if problem:
         raise Refused("INSTALL_PATH_UNUSABLE", problem)
-    made = []
-    above = root
-    while not above.exists():
-        made.append(str(above))
-        above = above.parent
+    made = missing(root)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Somebody may have made it in this very moment.
+    if problem := path_problem(root):
+        raise Refused("INSTALL_PATH_UNUSABLE", problem)
     if not (root / MARKER).exists():
         write(root / MARKER, {"made": made})
     for name in ("envs", "carried", "carried/wheels"):
@@ -240,7 +242,10 @@ def switch(path: str, tag: str, drop: str) -> Facts:
 
 def remove_all(root: Path) -> None:
     """Remove everything of ours, and the folders we made for it where nothing else is in them."""
-    made = read(root / MARKER).get("made", [])
+    known = read(root / MARKER)
+    # Another installation of this user may rely on it.
+    if known.get("lingers") and not list(units().glob("arriero-agent-*.service")):
+        quiet(["loginctl", "disable-linger"])
     (root / "current").unlink(missing_ok=True)
     for name in ("envs", "home", "carried"):
         shutil.rmtree(root / name, ignore_errors=True)
@@ -248,11 +253,10 @@ def remove_all(root: Path) -> None:
             shutil.rmtree(root / name)
     for name in (".lock", MARKER):
         (root / name).unlink(missing_ok=True)
-    for folder in made:
-        try:
-            Path(folder).rmdir()
-        except OSError:
-            break
+    for made in (known.get("made", []), known.get("elsewhere", [])):
+        with contextlib.suppress(OSError):
+            for folder in made:
+                Path(folder).rmdir()
     # Where the user's daemons have their sockets; others may have some there.
     for base in {os.environ.get("XDG_RUNTIME_DIR") or "/tmp", "/tmp"}:
         with contextlib.suppress(OSError):
