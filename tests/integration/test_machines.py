@@ -93,6 +93,7 @@ async def test_from_nothing_to_a_running_agent_and_back(
 
         await _agent_lives(machines, connection, path)
         _can_pass_itself_on(path, first)
+        _has_a_pip_for_engines(path)
 
         told = Told()
         await machines.remove(connection, str(path), told, purge=True)
@@ -110,6 +111,19 @@ def _can_pass_itself_on(path: Path, installed: Installation) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
     tag, pip = done.stdout.split()
     assert tag == installed.tag and pip.startswith("pip-")
+
+
+def _has_a_pip_for_engines(path: Path) -> None:
+    """Its agent can run pip, which the environment itself does not have."""
+    script = (
+        "import asyncio, sys; from pathlib import Path; from arriero.agent import pip; "
+        "from arriero.runtime.clock import SystemClock; scratch = Path(sys.argv[1]); scratch.mkdir(); "
+        "print(asyncio.run(pip.run(['--version'], scratch=scratch, configuration=None, clock=SystemClock(), "
+        "tell=lambda _: None)))"
+    )
+    argv = [str(path / "current/bin/python"), "-I", "-c", script, str(path.parent.parent / "scratch")]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "code=0" in said and "pip-" in said, said
 
 
 async def _agent_lives(machines: Machines, connection: Connection, path: Path) -> None:

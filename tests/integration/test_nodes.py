@@ -259,7 +259,7 @@ def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_
     )  # fmt: skip
     until("the agent is being started", (remote.path / "home/run").exists)
     done = cli.interrupt(adding, signal.SIGINT)
-    assert done.code == 130, done
+    assert done.code == 130 and "far is taken back" in done.err, done
     remote.assert_quiet()
     names = [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]]
     assert names == ["box"]

@@ -98,8 +98,12 @@ def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
         assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
         assert error["message"].startswith(told), error
     assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
+    sum_ = home.run("engines", "install", "--sha256", "zz", "--json").json["error"]
+    assert sum_["message"] == "--sha256 'zz' is no checksum: 64 hexadecimal digits"
     closed = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert "`ssh -p 9 ana@127.0.0.1`" in closed["details"]["suggested_action"], closed
+    for name in ("", "a/b", ".."):
+        assert home.run("nodes", "show", name, "--json").json["error"]["code"] == "NODE_NOT_FOUND", name
     own = home.run("nodes", "add", "box", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert own["code"] == "NODE_ALREADY_EXISTS" and "remove" not in own["details"]["suggested_action"]
 

@@ -106,4 +106,7 @@ def _told_of_the_end() -> Iterator[None]:
 
 
 def _path(name: str) -> str:
+    if not name or "/" in name:
+        # It would lead to another route.
+        raise ArrieroError(ErrorCode.NODE_NOT_FOUND, f"no node is called {name!r}")
     return f"/v1/nodes/{quote(name, safe='')}"

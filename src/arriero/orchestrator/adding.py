@@ -91,8 +91,10 @@ class Underway:
         except TimeoutError as error:
             raise ArrieroError(
                 ErrorCode.INVALID_REQUEST,
-                f"{name} is being {self._names.get(name, 'changed')} already: wait for its end",
+                f"{name} is being {self._names.get(name, 'changed')} already, for more than "
+                f"{ROLLBACK_TIMEOUT_S:g} s by now",
                 node=name,
+                suggested_action="give the same command again once that has ended",
             ) from error
         self._names[name] = what
         try:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import msgspec
 
 from arriero.cli import completing, node_rows, options, pool, render
 from arriero.cli.narrator import Narrator
-from arriero.cli.signals import terminable
+from arriero.cli.signals import Terminated, terminable
+from arriero.client.api import Orchestrator
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.events import NodeDone, NodeStep
@@ -113,18 +115,23 @@ def add(
     )
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
         try:
-            done = client.add_node(body, _shown(narrator))
-        except ArrieroError as error:
+            done = _added(client, body, narrator, may_ask=not as_json)
+        except (KeyboardInterrupt, Terminated):
             narrator.clear()
-            fingerprint = _accepted(error) if not as_json else None
-            if fingerprint is None:
-                raise
-            body = NodeAddBody(
-                **{field: getattr(body, field) for field in body.__struct_fields__}
-                | {"accept_host_key": fingerprint}
-            )
-            done = client.add_node(body, _shown(narrator))
+            narrator.say("orchestrator", f"interrupted: what was begun on {name} is taken back")
+            raise
     return _ended(done, narrator, as_json=as_json)
+
+
+def _added(client: Orchestrator, body: NodeAddBody, narrator: Narrator, *, may_ask: bool) -> NodeDone:
+    try:
+        return client.add_node(body, _shown(narrator))
+    except ArrieroError as error:
+        narrator.clear()
+        fingerprint = _accepted(error) if may_ask else None
+        if fingerprint is None:
+            raise
+    return client.add_node(msgspec.structs.replace(body, accept_host_key=fingerprint), _shown(narrator))
 
 
 def _accepted(error: ArrieroError) -> str | None:
