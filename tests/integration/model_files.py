@@ -48,7 +48,14 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def small_limits(*, attempts: int = 3, stall_s: float = 0.3, progress_bytes: int = 2**40) -> ProvisionLimits:
+def small_limits(
+    *,
+    attempts: int = 3,
+    stall_s: float = 0.3,
+    progress_bytes: int = 2**40,
+    peer_back_s: float = 0.0,
+    rate_bytes_per_s: float = 0.0,
+) -> ProvisionLimits:
     return ProvisionLimits(
         fetch=FetchLimits(
             connect_s=2.0,
@@ -57,6 +64,8 @@ def small_limits(*, attempts: int = 3, stall_s: float = 0.3, progress_bytes: int
             progress_bytes=progress_bytes,
             block_bytes=16_384,
             interval_s=0.0,
+            peer_back_s=peer_back_s,
+            rate_bytes_per_s=rate_bytes_per_s,
         )
     )
 

@@ -15,6 +15,7 @@ from tests.support.home import Home, until
 from tests.support.hub import HubProcess
 from tests.support.remote import PACKAGE, Remote, other_version, register
 
+from arriero.client.api import Orchestrator
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
 
@@ -321,6 +322,51 @@ def test_models_go_from_neighbour_to_neighbour(home: Home, remote: Remote, tmp_p
         assert home.run("models", "rm", "hf:org/tiny:Q8_0", "--node", "far").code == 0
         done = home.run("models", "pull", "hf:org/tiny:Q8_0", "--node", "box", "--json")
         assert done.json["source"] == "node third", done
+
+
+def test_a_copy_outlasts_cuts_of_either_machine(home: Home, remote: Remote, tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    with write_llama(tmp_path / "repo/big-Q8_0.gguf").open("ab") as file:
+        file.truncate(24_000_000)
+    ref = "hf:org/big:Q8_0"
+
+    def comes(least_bytes: int) -> int:
+        def look() -> int:
+            (download,) = [each for each in client.downloads() if each.node == "third"]
+            assert download.error is None, download
+            is_coming = download.state == "downloading" and download.source == "node far"
+            return download.bytes_downloaded if is_coming and not download.retry_reason else 0
+
+        return until("bytes come", lambda: (found := look()) > least_bytes and found, 30)
+
+    with Remote(tmp_path / "third") as third:
+        third.prepare()
+        (third.folder / "config.toml").write_text("download_rate_max_mbps = 24\n")
+        with HubProcess(org__big=tmp_path / "repo") as hub:
+            home.env["HF_ENDPOINT"] = hub.url
+            added(home, remote)
+            added(home, third, "third")
+            assert home.run("models", "pull", ref, "--node", "box", "-q").code == 0
+        assert home.run("models", "pull", ref, "--node", "far", "-q").code == 0
+        assert home.run("models", "rm", ref, "--node", "box").code == 0
+        client = Orchestrator(home.url(), "")
+        pull = home.start("models", "pull", ref, "--node", "third", "--json")
+        until("it is there", lambda: any(each.node == "third" for each in client.downloads()))
+        came = comes(1_000_000)
+        for name, machine in (("far", remote), ("third", third)):
+            # The one that gives; then the one that fetches: what it goes on with is told it from here.
+            machine.server.kill()
+            missed(client, name)
+            machine.server.start()
+            came = comes(came + 4_500_000)
+        done = cli.finish(pull)
+        assert done.code == 0, done
+        assert done.json["source"] == "node far"
+
+
+def missed(client: Orchestrator, name: str) -> None:
+    """Wait until a node is known to be gone."""
+    until(f"{name} is missed", lambda: (name, "unreachable") in {(n.name, n.status) for n in client.nodes()})
 
 
 def said(process: subprocess.Popen[bytes], words: str) -> None:

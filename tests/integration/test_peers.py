@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tests.integration.model_files import kit_in, sha256, small_limits
+from tests.integration.model_files import Kit, kit_in, sha256, small_limits
 
 from arriero.agent.fetch import Fetcher
 from arriero.agent.files import in_thread
@@ -21,6 +21,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.peers import reading_token
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import PeerSource
+from arriero.contracts.states import DownloadState
 from arriero.engines import gguf as gguf_format
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SeededEntropy
@@ -125,6 +126,58 @@ async def test_a_peer_that_dies_in_the_middle_is_a_clean_failure(tmp_path: Path)
         assert failed.value.code is ErrorCode.DOWNLOAD_FAILED
         assert failed.value.details["attempts"] and str(_source(one).token) not in str(failed.value.details)
         assert not (folder / "m.gguf").exists()
+
+
+@contextlib.asynccontextmanager
+async def _copied(folder: Path, peer_back_s: float) -> AsyncGenerator[tuple[Kit, AgentProcess, str], None]:
+    """Give a copy that is under way, the agent that it comes from, and its id; its source is gone."""
+    whole = write_llama(folder / "m.gguf")
+    with whole.open("ab") as file:
+        file.truncate(12_000_000)
+    limits = small_limits(stall_s=10.0, peer_back_s=peer_back_s, rate_bytes_per_s=4e6, progress_bytes=2**20)
+    with AgentProcess(folder / "one") as one:
+        async with FaultServer(await in_thread(whole.read_bytes)) as server:
+            ref = f"{server.url}/m.gguf"
+            await in_thread(lambda: _pull(one, ref))
+        async with (
+            asyncio.timeout(60),
+            kit_in(folder / "here", limits=limits, inspect=gguf_format.inspect) as kit,
+        ):
+            ticket = kit.provisioner.start(ref, peers=[_source(one)])
+            async for _, frame in kit.provisioner.frames(ticket.download_id):
+                if frame.bytes_downloaded > 4_500_000:
+                    break
+            yield kit, one, ticket.download_id
+
+
+async def test_a_copy_goes_on_when_the_agent_that_gives_it_is_back(tmp_path: Path) -> None:
+    async with _copied(tmp_path, peer_back_s=60.0) as (kit, one, download_id):
+        await in_thread(one.kill)
+        async for _, frame in kit.provisioner.frames(download_id):
+            if frame.retry_reason and "node attic was lost" in frame.retry_reason:
+                break
+        assert kit.provisioner.record(download_id).wants_peers
+        seen = len(kit.changes)
+        # It has another port, and another token.
+        await in_thread(one.start)
+        kit.provisioner.tell_peers(download_id, [_source(one)])
+        model, _ = await kit.provisioner.wait(download_id)
+        assert model.source == "node attic"
+        record = kit.provisioner.record(download_id)
+        assert record.state is DownloadState.COMPLETE and not record.wants_peers
+        came = [told.bytes_downloaded for told in kit.changes[seen:] if told.state == "downloading"]
+        assert min(filter(None, came)) > 4_000_000, "it went on, and did not begin anew"
+
+
+async def test_an_agent_that_does_not_come_back_is_told_of_besides_the_source(tmp_path: Path) -> None:
+    async with _copied(tmp_path, peer_back_s=0.2) as (kit, one, download_id):
+        await in_thread(one.kill)
+        with pytest.raises(ArrieroError) as failed:
+            await kit.provisioner.wait(download_id)
+    error = failed.value
+    assert error.code is ErrorCode.DOWNLOAD_FAILED and error.details["lost"] == "node attic"
+    assert error.message.startswith("node attic was lost while the model came from it, and did not come back")
+    assert "elsewhere: fetching m.gguf: 127.0.0.1:" in error.message
 
 
 async def _fetched(folder: Path, offer: PeerOffer, on_bytes: Callable[[], None] = lambda: None) -> Path:

@@ -8,7 +8,6 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn
-from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
@@ -121,7 +120,7 @@ class Origin:
     @property
     def host(self) -> str:
         """The host that people know the file by."""
-        return host_of(self.remote.url)
+        return self.remote.server
 
     def forget_target(self) -> None:
         """Begin at the first address next time."""
@@ -255,7 +254,7 @@ def _refuse_finally(status: int, remote: RemoteFile) -> None:
     if status in (404, 410):
         raise ArrieroError(
             ErrorCode.MODEL_NOT_FOUND,
-            f"{host_of(remote.url)} has no {remote.name} (status {status})",
+            f"{remote.server} has no {remote.name} (status {status})",
             status=status,
         )
     if status in (401, 403):
@@ -265,7 +264,7 @@ def _refuse_finally(status: int, remote: RemoteFile) -> None:
 def _deny(status: int, remote: RemoteFile) -> NoReturn:
     raise ArrieroError(
         ErrorCode.MODEL_ACCESS_DENIED,
-        f"{host_of(remote.url)} refuses access to {remote.name} (status {status}; "
+        f"{remote.server} refuses access to {remote.name} (status {status}; "
         f"{'the token does not suffice' if remote.token else 'no token is set'})",
         status=status,
     )
@@ -276,11 +275,6 @@ def _digits(text: str | None) -> int | None:
 
 
 # --- Addresses -------------------------------------------------------------------------------
-
-
-def host_of(url: str) -> str:
-    """Return an address' host, with its port if that is told."""
-    return urlsplit(url).netloc
 
 
 def redirected(url: URL, location: str) -> URL:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from arriero.agent.retries import RetryLimits, RetryWatch
 
@@ -35,6 +36,8 @@ class FetchLimits:
     room_bytes: int = 64 * _MIB
     #: For all downloads together; 0: no cap.
     rate_bytes_per_s: float = 0.0
+    #: A peer that is lost in the middle is waited for so long, from the last progress on.
+    peer_back_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,13 @@ class RemoteFile:
     sha256: str | None = None
     #: Sent to the address' own host alone, never to one it redirects to.
     token: str | None = field(default=None, repr=False)
+    #: What people call its server; empty: as the address does.
+    called: str = ""
+
+    @property
+    def server(self) -> str:
+        """Who has it, for people: a name, or the address' host, with its port if that is told."""
+        return self.called or urlsplit(self.url).netloc
 
 
 @dataclass(frozen=True, slots=True)

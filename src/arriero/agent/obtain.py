@@ -21,13 +21,13 @@ from arriero.agent.catalog import ModelCatalog
 from arriero.agent.catalog_entry import CatalogEntry, make_record
 from arriero.agent.fetch import FetchedFile, Fetcher, FetchLimits, RemoteFile
 from arriero.agent.files import disk_error, in_thread, sha256_of
+from arriero.agent.lost_peers import ELSEWHERE, Wishes
 from arriero.agent.progress import Job
 from arriero.agent.retries import Retries
 from arriero.agent.sources import local_files, remote_file
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import ModelFile
-from arriero.contracts.requests import PeerSource
 from arriero.domain.download_states import DOWNLOADS
 from arriero.engines import gguf
 from arriero.engines.base import ModelFacts
@@ -37,16 +37,6 @@ from arriero.runtime.http import Http
 
 #: With these nothing is known of the reference; without a network it may still be here.
 _UNREACHABLE: Final = frozenset({ErrorCode.DOWNLOAD_FAILED, ErrorCode.DOWNLOAD_TIMEOUT})
-#: With these the next source may still have the model.
-_ELSEWHERE: Final = frozenset(
-    {
-        ErrorCode.DOWNLOAD_FAILED,
-        ErrorCode.DOWNLOAD_TIMEOUT,
-        ErrorCode.MODEL_CORRUPTED,
-        ErrorCode.MODEL_NOT_FOUND,
-        ErrorCode.MODEL_ACCESS_DENIED,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +55,6 @@ class Supply:
         """The checksums, empty unless all are known."""
         known = [file.sha256 for file in self.files if file.sha256 is not None]
         return known if len(known) == len(self.files) else []
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a download was asked for with, besides its reference."""
-
-    peers: Sequence[PeerSource] = ()
 
 
 class Obtainer:
@@ -109,12 +92,20 @@ class Obtainer:
             case refs.FileRef():
                 paths = await in_thread(lambda: local_files(parsed))
                 return await self._register(job, paths, "file", "file")
-            case refs.HttpsRef():
-                job.downloading()
-                return await self._from_anywhere(job, wishes, Supply([remote_file(parsed)], "https", "https"))
-            case refs.HfRef():
-                job.downloading()
-                return await self._from_hub(job, parsed, wishes)
+            case refs.HttpsRef() | refs.HfRef():
+                return await wishes.outlasting(
+                    lambda: self._from_afar(job, parsed, wishes),
+                    job,
+                    self._limits,
+                    self._clock,
+                    self._entropy,
+                )
+
+    async def _from_afar(self, job: Job, ref: refs.HttpsRef | refs.HfRef, wishes: Wishes) -> CatalogEntry:
+        job.downloading()
+        if isinstance(ref, refs.HfRef):
+            return await self._from_hub(job, ref, wishes)
+        return await self._from_anywhere(job, wishes, Supply([remote_file(ref)], "https", "https"))
 
     async def _from_hub(self, job: Job, ref: refs.HfRef, wishes: Wishes) -> CatalogEntry:
         if (entry := await self._from_peers(job, wishes, "hf", model_ref=job.model_ref)) is not None:
@@ -166,11 +157,13 @@ class Obtainer:
                 revision=revision or offer.revision,
                 projector=projector or offer.projector,
             )
+            job.wants_peers = False
             try:
                 return await self._from(job, supply)
             except ArrieroError as error:
-                if error.code not in _ELSEWHERE:
+                if error.code not in ELSEWHERE:
                     raise
+                wishes.lose(job, supply.source, error)
                 job.waiting(f"{supply.source}: {error.message}", 0.0)
                 job.downloading()
         return None

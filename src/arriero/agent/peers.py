@@ -7,7 +7,7 @@ machines are its owner's, but one of them may be old, broken, or taken over.
 import asyncio
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -204,5 +204,6 @@ def _with_suffix(name: str, kind: str) -> str:
 
 def _remote(peer: PeerSource, record: ModelRecord, name: str, part: ModelFile) -> RemoteFile:
     path = f"/v1/models/{record.model_id}/files/{quote(part.name, safe='')}"
-    remote = RemoteFile(name, peer.url.rstrip("/") + path, part.size_bytes, part.sha256)
-    return replace(remote, token=peer.token) if peer.token else remote
+    return RemoteFile(
+        name, peer.url.rstrip("/") + path, part.size_bytes, part.sha256, peer.token or None, name_of(peer)
+    )

@@ -66,6 +66,10 @@ class Job:
         self.holders: dict[str, None] = {}
         #: Where its parts are kept, once there are any.
         self.folder: Path | None = None
+        #: Told to whoever knows where peers are: one was lost, and others, or the way to it, are welcome.
+        self.wants_peers = False
+        #: Called before each attempt but the first; what it raises ends them.
+        self.before_retry: Callable[[], None] = lambda: None
         self._clock = clock
         self._interval_s = interval_s
         self._on_change = on_change
@@ -103,6 +107,7 @@ class Job:
             source=self.source,
             retry_reason=self.frame.retry_reason,
             retry_in_s=self.frame.retry_in_s,
+            wants_peers=self.wants_peers,
         )
 
     async def frames(self, after: int = 0) -> AsyncGenerator[tuple[int, DownloadFrame], None]:
@@ -155,7 +160,9 @@ class Job:
             self.go(state)
 
     def attempting(self, attempt: int) -> None:
-        """An attempt begins."""
+        """An attempt begins.  Raises what `before_retry` does."""
+        if attempt > 1:
+            self.before_retry()
         is_news = attempt != self._attempt or self._retry is not None
         self._attempt = attempt
         self._retry = None

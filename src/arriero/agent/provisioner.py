@@ -19,7 +19,8 @@ from arriero.agent.catalog import ModelCatalog
 from arriero.agent.catalog_entry import CatalogEntry
 from arriero.agent.fetch import FetchLimits
 from arriero.agent.found_files import Found
-from arriero.agent.obtain import Obtainer, Wishes
+from arriero.agent.lost_peers import Wishes
+from arriero.agent.obtain import Obtainer
 from arriero.agent.open_downloads import OpenDownload, OpenDownloads
 from arriero.agent.progress import Job
 from arriero.contracts import ids, refs
@@ -59,6 +60,7 @@ class Ticket:
 @dataclass(slots=True)
 class _Running:
     job: Job
+    wishes: Wishes
     task: asyncio.Task[None] | None = None
     entry: CatalogEntry | None = None
     #: What was fetched is removed unless it becomes a model.
@@ -185,9 +187,15 @@ class ModelProvisioner:
         before the internet is; with `clean` nothing is kept of a download that fails or is cancelled.
         Raises INVALID_MODEL_REFERENCE, NOT_RUNNING.
         """
-        running = self._start(ref, Wishes(tuple(peers)))
+        running = self._start(ref, Wishes(peers))
         running.is_clean = running.is_clean or clean
         return self._ticket(running)
+
+    def tell_peers(self, download_id: str, peers: Sequence[PeerSource]) -> DownloadRecord:
+        """Tell a download where peers are by now: it asks them where its source fails.  Raises NOT_FOUND."""
+        running = self._require(download_id)
+        running.wishes.tell(peers)
+        return running.job.record()
 
     def records(self) -> list[DownloadRecord]:
         """Return all downloads that run, and the last ones that ended; the newest first."""
@@ -291,7 +299,7 @@ class ModelProvisioner:
             on_change=self._on_change,
             started_unix=left.started_unix if left else self._clock.wall_s(),
         )
-        running = _Running(job)
+        running = _Running(job, wishes)
         self._all[job.download_id] = self._by_ref[ref] = running
         before = present.task if present is not None else None
         work = self._run(running, parsed, wishes, seen, before)

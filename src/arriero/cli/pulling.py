@@ -15,8 +15,9 @@ from arriero.contracts.states import DownloadState
 
 LEAVE_TIMEOUT_S: Final = 3.0
 #: A stream that breaks is taken up again, behind what was seen, for so long without news in between:
-#: an agent that was killed goes on with the download once it is there again.
-_STREAM_PATIENCE_S: Final = 30.0
+#: an agent that was killed goes on with the download once it is there again, and a machine whose link was
+#: cut has gone on meanwhile.
+_STREAM_PATIENCE_S: Final = 120.0
 _STREAM_PAUSE_S: Final = 0.5
 _BROKEN: Final = frozenset(
     {

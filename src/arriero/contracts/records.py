@@ -158,6 +158,8 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: Why the last attempt ended and when the next one begins, while one is waited for.
     retry_reason: str | None = None
     retry_in_s: float | None = None
+    #: A node that it came from was lost: the way to it, or to others, is to be told (`PUT …/peers`).
+    wants_peers: bool = False
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import msgspec
 from arriero.contracts.names import Sha256
 
 PROMPT_CHARS_MAX = 8_000_000
+PEERS_MAX = 64
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,9 +125,15 @@ class DownloadBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     node: str | None = None
     #: Agents that are asked for the model before the internet is.
-    peers: Annotated[list[PeerSource], msgspec.Meta(max_length=64)] = []
+    peers: Annotated[list[PeerSource], msgspec.Meta(max_length=PEERS_MAX)] = []
     #: What was fetched is removed if the download fails or is cancelled.
     clean: bool = False
+
+
+class PeersBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`PUT /v1/downloads/{id}/peers` of an agent: where other agents are by now, for one that runs."""
+
+    peers: Annotated[list[PeerSource], msgspec.Meta(max_length=PEERS_MAX)]
 
 
 class ImportBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -120,6 +120,7 @@ async def _run(
             )
             local = LocalReach(folder, http, node_store, await LocalFabric(entropy).connect(HERE))
             orchestrator.provisioner.binds_workers = leaving.takes_workers
+            group.create_task(orchestrator.provisioner.neighbours.tell_forever(), name="tell-neighbours")
             await orchestrator.membership.begin(local)
             await _serve(orchestrator, folder, sock, group, is_background=is_background)
             await orchestrator.membership.keep_seen()

@@ -1,7 +1,8 @@
 """How does one machine fetch a model from another, when neither can reach the other?
 
 Through us: a loopback port on the one leads, inside its SSH connection, to an end here that leads,
-inside the other's, to the other's agent.
+inside the other's, to the other's agent.  After a cut of either it is another port; a download that
+lost its neighbour says so, and is told.
 """
 
 import asyncio
@@ -11,8 +12,10 @@ from typing import Final
 
 from arriero.contracts.errors import ArrieroError
 from arriero.contracts.peers import reading_token
-from arriero.contracts.requests import PeerSource
+from arriero.contracts.records import DownloadRecord
+from arriero.contracts.requests import PeersBody, PeerSource
 from arriero.contracts.states import NodeState
+from arriero.domain.download_states import DOWNLOADS
 from arriero.fabrics.base import LocalEnd
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.reach import Line
@@ -23,6 +26,8 @@ from arriero.runtime.clock import Clock
 SOURCES_MAX: Final = 8
 #: After a change in the pool the ways are looked through, at most this often.
 LOOK_EVERY_S: Final = 1.0
+TELL_TIMEOUT_S: Final = 5.0
+_HELD: Final = (NodeState.READY, NodeState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +58,7 @@ class Neighbours:
         there is left out: the model then comes from elsewhere.
         """
         found: list[PeerSource] = []
-        others = [
-            other
-            for other in self._registry.nodes()
-            if other is not node and other.state in (NodeState.READY, NodeState.DRAINING)
-        ]
+        others = [other for other in self._registry.nodes() if other is not node and other.state in _HELD]
         for other in sorted(others, key=lambda other: model_ref not in other.models)[:SOURCES_MAX]:
             try:
                 source = await self._source(node, other)
@@ -67,6 +68,32 @@ class Neighbours:
             if source is not None:
                 found.append(source)
         return found
+
+    async def tell_forever(self) -> None:
+        """Tell downloads that lost a neighbour which ways there are, whenever these are others."""
+        told: dict[str, list[PeerSource]] = {}
+        while True:
+            waiting = [pair for pair in self._registry.downloads() if _wants_peers(*pair)]
+            before, told = told, {}
+            for node, download in waiting:
+                known = before.get(download.download_id, [])
+                told[download.download_id] = await self._tell(node, download, known)
+            if not waiting:
+                await self._registry.changed.wait()
+            await self._clock.sleep_s(LOOK_EVERY_S)
+
+    async def _tell(self, node: Node, download: DownloadRecord, known: list[PeerSource]) -> list[PeerSource]:
+        """Tell a download of the ways, where it knows others; return those that it knows then."""
+        sources = await self.sources_for(node, download.model_ref)
+        if not sources or sources == known:
+            return known
+        path = f"/v1/downloads/{download.download_id}/peers"
+        try:
+            await node.peer.call("PUT", path, body=PeersBody(peers=sources), timeout_s=TELL_TIMEOUT_S)
+        except ArrieroError as error:
+            self._log.warning("download not told", node=node.name, code=str(error.code), why=error.message)
+            return known
+        return sources
 
     async def _source(self, node: Node, other: Node) -> PeerSource | None:
         line, giver, agent = node.line, other.line, other.agent
@@ -119,3 +146,7 @@ class Neighbours:
         if not way.line.is_gone:
             with contextlib.suppress(ArrieroError):
                 await way.line.connection.unexpose(way.end)
+
+
+def _wants_peers(node: Node, download: DownloadRecord) -> bool:
+    return download.wants_peers and download.state not in DOWNLOADS.final and node.state in _HELD

@@ -117,7 +117,7 @@ class ModelProvisioner:
     ) -> None:
         self._registry = registry
         self.room = room
-        self._neighbours = Neighbours(registry, group, clock)
+        self.neighbours = Neighbours(registry, group, clock)
         self._group = group
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
@@ -322,7 +322,7 @@ class ModelProvisioner:
 
         `peers` are asked for it besides the other nodes, and all before the internet.
         """
-        sources = [*peers, *await self._neighbours.sources_for(node, model_ref)]
+        sources = [*peers, *await self.neighbours.sources_for(node, model_ref)]
         body = DownloadBody(model_ref=model_ref, peers=sources, clean=clean)
         return await node.peer.call("POST", "/v1/models/download", body=body, answer=DownloadStarted)
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 import msgspec
-from litestar import Request, delete, get, post
+from litestar import Request, delete, get, post, put
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
@@ -15,7 +15,7 @@ from arriero.agent.routes.watched import watched
 from arriero.agent.scanning import scan
 from arriero.contracts.errors import from_body
 from arriero.contracts.records import DownloadList, DownloadRecord
-from arriero.contracts.requests import DownloadBody, ScanBody
+from arriero.contracts.requests import DownloadBody, PeersBody, ScanBody
 from arriero.runtime import sse
 from arriero.runtime.asgi import BEAT_S, SseResponse
 from arriero.runtime.litestar_app import decode_body
@@ -75,6 +75,12 @@ def download_routes(
         """Return one download."""
         return provisioner.record(download_id)
 
+    @put("/v1/downloads/{download_id:str}/peers")
+    async def tell_peers(request: Request[Any, Any, Any], download_id: FromPath[str]) -> DownloadRecord:
+        """Tell a download where other agents are by now."""
+        body: PeersBody = await decode_body(request, PeersBody)
+        return provisioner.tell_peers(download_id, body.peers)
+
     @delete("/v1/downloads/{download_id:str}", status_code=200)
     async def leave_download(
         download_id: FromPath[str], holder: FromQuery[str | None] = None
@@ -83,7 +89,8 @@ def download_routes(
         return await provisioner.cancel(download_id, holder)
 
     return [
-        scan_models, start_download, download_progress, list_downloads, get_download, leave_download
+        scan_models, start_download, download_progress, list_downloads, get_download, tell_peers,
+        leave_download,
     ]  # fmt: skip
 
 
