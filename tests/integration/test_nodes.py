@@ -351,6 +351,8 @@ def test_a_copy_outlasts_cuts_of_either_machine(home: Home, remote: Remote, tmp_
         assert home.run("models", "rm", ref, "--node", "box").code == 0
         client = Orchestrator(home.url(), "")
         pull = home.start("models", "pull", ref, "--node", "third", "--json")
+        # As a prompt that needs it does, for which a machine is named.
+        infer = home.start("infer", "--model", ref, "--node", "third", "--max-tokens", "1", "x")
         until("it is there", lambda: any(each.node == "third" for each in client.downloads()))
         came = comes(1_000_000)
         for name, machine in (("far", remote), ("third", third)):
@@ -362,6 +364,7 @@ def test_a_copy_outlasts_cuts_of_either_machine(home: Home, remote: Remote, tmp_
         done = cli.finish(pull)
         assert done.code == 0, done
         assert done.json["source"] == "node far"
+        assert (told := cli.finish(infer)).code == 0, told
 
 
 def missed(client: Orchestrator, name: str) -> None:

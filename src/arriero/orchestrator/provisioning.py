@@ -16,7 +16,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fai
 from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
-from arriero.contracts.states import DownloadState
+from arriero.contracts.states import DownloadState, NodeState
 from arriero.domain.placement import Wants
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
@@ -31,6 +31,9 @@ SPAWN_TIMEOUT_S: Final = 60.0
 #: A download tells its state each second at least; its own rules end one that brings nothing.
 DOWNLOAD_SILENCE_S: Final = 60.0
 TELL_EVERY_S: Final = 0.25
+#: A node that goes on fetching behind a cut is waited for so long, from the last news on.
+NODE_BACK_S: Final = 120.0
+BACK_PAUSE_S: Final = 0.5
 LEAVE_TIMEOUT_S: Final = 2.0
 #: With these another node may still succeed.
 _TRY_ELSEWHERE: Final = frozenset(
@@ -347,12 +350,39 @@ class ModelProvisioner:
             raise ArrieroError(ErrorCode.REQUEST_CANCELLED, "nobody waits for the model any more")
         job.is_downloading = True
         try:
-            await self._follow_download(node, job, started)
+            await self._follow_to_end(node, job, started)
         except asyncio.CancelledError:
             await self.leave_download(node, started.download_id, started.holder)
             raise
         finally:
             job.is_downloading = False
+
+    async def _follow_to_end(self, node: Node, job: Job, started: DownloadStarted) -> None:
+        """Follow a download; where no other node would do, also over cuts of the link to this one."""
+        until_s = 0.0
+        while True:
+            try:
+                return await self._follow_download(node, job, started)
+            except ArrieroError as error:
+                if error.code is not ErrorCode.NODE_UNREACHABLE or job.wants.node is None:
+                    raise
+                if job.steps and isinstance(job.steps[-1][1], TaskDownloading):
+                    until_s = self._clock.monotonic_s() + NODE_BACK_S
+                message = f"{node.name} does not answer ({error.message}): waits for it"
+                job.tell(TaskPlacing(node=node.name, actor="orchestrator", message=message))
+                if not await self._is_back(node, until_s - self._clock.monotonic_s()):
+                    raise
+
+    async def _is_back(self, node: Node, limit_s: float) -> bool:
+        try:
+            async with asyncio.timeout(limit_s):
+                # That a line is gone may be known a moment after what went over it.
+                await self._clock.sleep_s(BACK_PAUSE_S)
+                while node.state not in (NodeState.READY, NodeState.DRAINING):
+                    await self._registry.changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _follow_download(self, node: Node, job: Job, started: DownloadStarted) -> None:
         model_ref = job.wants.model_ref
