@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,19 @@ import pytest
 
 #: Zombies whose parent is pid 1 may take seconds to go.
 PATIENCE_S = 5.0
+
+# A shell that starts a run in the background has it ignore Ctrl-C, and what the run starts inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+#: Modules that take longest: all of each with one worker, whose set-up is made once, and first of all.
+LONG = ("test_three_hosts", "test_nodes", "test_machines", "test_machine_faults", "test_nodes_told")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that nobody waits for it at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
 
 
 def _remaining(before: dict[str, str]) -> list[str]:

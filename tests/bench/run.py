@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from arriero.contracts.version import __version__
 from arriero.runtime.state_dir import StateDir, socket_dir
-from tests.bench import cancel, download, herd, placement
+from arriero.testing.hosts import why_not
+from tests.bench import cancel, download, herd, links, placement
 from tests.bench.load import Round, Target, one_round
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ PROMPT = "Once upon a time"
 TOKENS_MAX = 200
 ROUNDS = 7
 STREAMS = (1, 4, 8)
+LONG_CUT_S = 10.0
 
 
 def run(*arguments: str, env: dict[str, str]) -> str:
@@ -138,6 +140,7 @@ def show(line: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     print("download:", line["download"])
     print("herd:", line["herd"])
     print("placement:", line["placement"])
+    print("links:", line["links"])
 
 
 def main() -> int:
@@ -170,6 +173,8 @@ def main() -> int:
     line["download"] = download.measure()
     line["herd"] = herd.measure()
     line["placement"] = placement.measure()
+    no_machines = why_not()
+    line["links"] = {"not_measured": no_machines} if no_machines else links.measure(long_s=LONG_CUT_S)
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else None
     show(line, baseline)
     HISTORY.parent.mkdir(exist_ok=True)

@@ -5,6 +5,8 @@ import contextlib
 import io
 import os
 import random
+import select
+import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +24,9 @@ from arriero.fabrics.ssh import SshFabric
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.testing.sshd import SshServer, sshd_path
+
+#: More than what SSH and sockets keep on the way of one connection.
+STUCK_BYTES = 16 << 20
 
 
 # Autouse, so that it runs before what checks that a test leaves no process behind.
@@ -131,6 +136,21 @@ async def test_more_output_than_is_kept_does_no_harm(connection: Connection) -> 
     assert completed.stderr.endswith(b"\n299999\n300000\n") and len(completed.stderr) == 1000
 
 
+async def test_lines_are_heard_as_they_come(connection: Connection, tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    def hear(line: bytes) -> None:
+        heard.append(line)
+        (tmp_path / "heard").touch()
+
+    # It goes on only when its first line was heard.
+    script = 'printf "begun\nhalf"; until [ -e "$1" ]; do sleep 0.01; done; printf "way\n\nend"'
+    argv = ["sh", "-c", script, "sh", str(tmp_path / "heard")]
+    done = await connection.run(argv, timeout_s=10, on_line=hear)
+    assert done.stdout == b"begun\nhalfway\n\nend"
+    assert heard == [b"begun", b"halfway", b""]
+
+
 async def test_input_that_nobody_reads(connection: Connection) -> None:
     assert await run(connection, "true", stdin=b"x" * 3_000_000) == b""
 
@@ -210,8 +230,10 @@ async def test_a_file_is_put_and_read(connection: Connection, tmp_path: Path, na
 async def test_a_large_file_is_put_from_the_disk(connection: Connection, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(random.Random(2).randbytes(5_000_001))
-    await connection.put(source, str(tmp_path / "copy"), mode=0o600)
+    sent: list[int] = []
+    await connection.put(source, str(tmp_path / "copy"), mode=0o600, on_sent=sent.append)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert sent == sorted(sent) and sent[-1] == 5_000_001
 
 
 async def test_an_empty_file(connection: Connection, tmp_path: Path) -> None:
@@ -402,6 +424,44 @@ async def test_a_port_there_ends_with_the_connection_and_what_goes_through_it_to
                 assert await reader.read() == b""
         writer.close()
         await until("nothing listens there", lambda: not _listens(port))
+
+
+async def test_what_nobody_here_reads_or_ends_is_ended_with_the_connection(
+    connection: Connection, short_dir: Path
+) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.setblocking(False)
+        listener.bind(str(short_dir / "s"))
+        listener.listen()
+        port = await connection.expose(SocketPath(short_dir / "s"))
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        deaf: socket.socket | None = None
+        try:
+            # More than there is room for on the way: whatever carries it has to wait.
+            writer.write(b"x" * STUCK_BYTES)
+            async with asyncio.timeout(10):
+                deaf, _ = await loop.sock_accept(listener)
+            await until("it is stuck", lambda: _unread_bytes(deaf) > 0)
+            await connection.aclose()
+            # It neither reads on to the end nor writes: only its other side can have closed it.
+            await until("it is ended", lambda: _is_closed_by_the_other(deaf))
+        finally:
+            writer.transport.abort()
+            if deaf is not None:
+                deaf.close()
+
+
+def _unread_bytes(end: socket.socket) -> int:
+    with contextlib.suppress(BlockingIOError):
+        return len(end.recv(1, socket.MSG_PEEK))
+    return 0
+
+
+def _is_closed_by_the_other(end: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(end, 0)
+    return bool(poll.poll(0))
 
 
 @contextlib.asynccontextmanager

@@ -63,6 +63,18 @@ def test_sigterm_stops_all_workers_at_the_same_time(home: Path, models: Path) ->
         assert not agent.state.run_file("agent").exists()
 
 
+def test_an_agent_keeps_its_own_log_small_while_it_lives(home: Path) -> None:
+    agent = AgentProcess(home, {"log_bytes_max": "5000"})
+    log = agent.state.log_file("agent")
+    log.parent.mkdir(parents=True)
+    log.write_text("months\n" * 1000)
+    with agent:
+        wait_for(lambda: log.stat().st_size < 5000, "it is cut")
+        assert log.with_suffix(".log.1").read_text().startswith("months\nmonths\n")
+        assert agent.terminate() == 0
+        assert "agent_ended" in log.read_text() and "months" not in log.read_text()
+
+
 def test_workers_outlive_their_agent_and_are_adopted(home: Path, models: Path) -> None:
     first = AgentProcess(home, QUICK)
     with first:

@@ -49,8 +49,12 @@ def test_a_failed_message_is_told_and_the_talk_goes_on_to_its_exit_code(orchestr
 
 
 def test_json_is_a_line_an_answer(orchestrator: Orchestrator) -> None:
-    done = cli.run("chat", "-q", "--json", env=orchestrator.env, content="one\ntwo\n/quit\nthree\n")
+    done = cli.run(
+        "chat", "-q", "--json", "--label", "room=attic", env=orchestrator.env,
+        content="one\ntwo\n/quit\nthree\n",
+    )  # fmt: skip
     assert done.code == 0
+    assert orchestrator.server.requests[-1].json["labels"] == {"room": "attic"}
     assert len(done.out.splitlines()) == 2 and '"text":"5 6 7 ä"' in done.out
 
 

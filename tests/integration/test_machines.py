@@ -16,6 +16,7 @@ from tests.support.machines import NO_INDEX, Told, programs_in, reached
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
+from arriero.orchestrator.machines import environment_child, survey_child, there_child
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
@@ -78,6 +79,10 @@ async def test_from_nothing_to_a_running_agent_and_back(
         found = await machines.survey(connection, str(path), told)
         first = await machines.install(connection, found, told)
         assert first.is_new and first.previous is None
+        # pip is silent while it works: how far it is is told.
+        far = [step.fraction for step in told.steps if step.step == "install" and step.fraction is not None]
+        assert len(far) > 2 and far == sorted(far), far
+        assert "packages are in place" in told.of("install")
         assert "were there" in told.of("package") and "fetching" not in told.of("package")
         assert (path / "current").resolve() == path / "envs" / first.tag
 
@@ -88,6 +93,7 @@ async def test_from_nothing_to_a_running_agent_and_back(
 
         await _agent_lives(machines, connection, path)
         _can_pass_itself_on(path, first)
+        _has_a_pip_for_engines(path)
 
         told = Told()
         await machines.remove(connection, str(path), told, purge=True)
@@ -105,6 +111,19 @@ def _can_pass_itself_on(path: Path, installed: Installation) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
     tag, pip = done.stdout.split()
     assert tag == installed.tag and pip.startswith("pip-")
+
+
+def _has_a_pip_for_engines(path: Path) -> None:
+    """Its agent can run pip, which the environment itself does not have."""
+    script = (
+        "import asyncio, sys; from pathlib import Path; from arriero.agent import pip; "
+        "from arriero.runtime.clock import SystemClock; scratch = Path(sys.argv[1]); scratch.mkdir(); "
+        "print(asyncio.run(pip.run(['--version'], scratch=scratch, configuration=None, clock=SystemClock(), "
+        "tell=lambda _: None)))"
+    )
+    argv = [str(path / "current/bin/python"), "-I", "-c", script, str(path.parent.parent / "scratch")]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "code=0" in said and "pip-" in said, said
 
 
 async def _agent_lives(machines: Machines, connection: Connection, path: Path) -> None:
@@ -147,3 +166,52 @@ def _agent_or_none(path: Path, *, besides: psutil.Process) -> psutil.Process | N
     except (OSError, ValueError, psutil.Error):
         return None
     return None if found.pid == besides.pid else found
+
+
+#: What remembers who lingers, and has services that do nothing.
+_SYSTEMCTL = "#!/bin/sh\nexit 0\n"
+_LOGINCTL = """#!/bin/sh
+case "$1" in
+  enable-linger) touch "$HOME/lingers" ;;
+  disable-linger) rm "$HOME/lingers" ;;
+  show-user) test -e "$HOME/lingers" && echo yes || echo no ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("lingered", [False, True])
+def test_what_a_service_needed_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lingered: bool
+) -> None:
+    home, programs, root = tmp_path / "home", tmp_path / "bin", tmp_path / "arr"
+    for name, text in (("systemctl", _SYSTEMCTL), ("loginctl", _LOGINCTL)):
+        programs.mkdir(exist_ok=True)
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    if lingered:
+        (home / "lingers").touch()
+    before = sorted(home.rglob("*"))
+    survey_child.survey(str(root))
+    assert sorted(home.rglob("*")) == before, "a look changes nothing"
+    environment_child.prepare(str(root))
+    assert there_child.service_manager(root) == "systemd" and (home / "lingers").exists()
+    there_child.make(root, there_child.units())
+    other = there_child.units() / "arriero-agent-0123.service"
+    other.touch()
+    environment_child.remove_all(root)
+    assert other.exists() and (home / "lingers").exists(), "another installation relies on it"
+    other.unlink()
+
+    environment_child.prepare(str(root))
+    for folder in (there_child.units(), *there_child.units().parents[:2]):
+        folder.rmdir()
+    there_child.make(root, there_child.units())
+    if not lingered:
+        (home / "lingers").unlink()
+    assert there_child.service_manager(root) == "systemd"
+    environment_child.remove_all(root)
+    assert sorted(home.rglob("*")) == before and not root.exists()

@@ -9,10 +9,11 @@ from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
 from tests.support import cli
 from tests.support.home import Home, until
 from tests.support.hub import HubProcess
-from tests.support.remote import PACKAGE, Remote, other_version
+from tests.support.remote import PACKAGE, Remote, other_version, register
 
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
@@ -65,10 +66,17 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
     assert (answer.code, answer.out.strip()) == (0, ANSWER), answer
     (worker,) = home.workers()
     assert worker["node"] == "far"
+    with OpenAI(base_url=f"{home.url()}/v1", api_key="none", max_retries=0, timeout=30) as sdk:
+        attic: dict[str, Any] = {"arriero": {"labels": {"room": "attic"}}}
+        answered = sdk.completions.with_raw_response.create(
+            model="demo", prompt="5 6 7", max_tokens=3, extra_body=attic
+        )
+    assert answered.headers["X-Arriero-Node"] == "far"
     assert "worker" in home.run("workers", "logs", worker["worker_id"]).out
     assert "agent_answers" in home.run("nodes", "logs", "far").out
     findings = {each["name"]: each for each in home.run("nodes", "doctor", "far", "--json").json["findings"]}
     assert findings["agent"]["is_ok"] and findings["environment"]["is_ok"], findings
+    assert "the same machine as box" in findings["memory"]["message"]
     listening = {
         f"{connection.laddr.ip}"
         for process in remote.processes()
@@ -109,6 +117,7 @@ def test_the_link_is_cut_and_nothing_dies(home: Home, remote: Remote) -> None:
     assert shown["error"]["code"] == "NODE_UNREACHABLE"
     refused = home.run(*COUNT, "--node", "far", "--json")
     assert (refused.code, refused.json["error"]["code"]) == (1, "NODE_UNREACHABLE")
+    assert "`arriero nodes show far`" in refused.json["error"]["details"]["suggested_action"]
     remote.server.start()
     status_is(home, "far", "ready")
     assert node(home, "far")["lease"] > shown["lease"]
@@ -158,6 +167,8 @@ def test_an_unknown_host_key_is_shown_and_accepted(home: Home, remote: Remote) -
     status_is(home, "far", "unreachable")
     until("the reason is told", lambda: node(home, "far")["error"]["code"] == "SSH_HOST_KEY_CHANGED")
     update = ("nodes", "update", "far", "--accept-host-key", server.fingerprint())
+    for told in (node(home, "far")["error"], home.run("nodes", "logs", "far", "--json").json["error"]):
+        assert f"`arriero {' '.join(update)}`" in told["details"]["suggested_action"], told
     assert home.run(*update).code == 0
     status_is(home, "far", "ready")
 
@@ -248,7 +259,7 @@ def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_
     )  # fmt: skip
     until("the agent is being started", (remote.path / "home/run").exists)
     done = cli.interrupt(adding, signal.SIGINT)
-    assert done.code == 130, done
+    assert done.code == 130 and "far is taken back" in done.err, done
     remote.assert_quiet()
     names = [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]]
     assert names == ["box"]
@@ -258,6 +269,7 @@ def test_interrupting_the_adding_leaves_nothing(home: Home, remote: Remote, tmp_
 def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_path: Path) -> None:
     added(home, remote)
     assert home.run("down").code == 0
+    register(home, "away", "ana@127.0.0.1:9")
     newer = other_version(tmp_path / "newer", "0.2.0")
     remote.prepare(newer)
     new = {"PYTHONPATH": str(newer)}
@@ -273,12 +285,20 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
     refused = home.run(*COUNT, "--node", "far", "--json", **new)
     assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
     done = home.run("nodes", "upgrade", "--all", "--json", **new)
-    assert done.code == 0, done
+    # The one that cannot be reached keeps no other from its upgrade.
+    assert done.code == 1, done
+    assert {name: error["code"] for name, error in done.json["failed"].items()} == {
+        "away": "NODE_UNREACHABLE"
+    }
+    assert "not upgraded: away" in done.err
     assert [(each["name"], each["version"], each["status"]) for each in done.json["nodes"]] == [
         ("far", "0.2.0", "ready")
     ]
     assert home.run(*COUNT, "--node", "far", **new).out.strip() == ANSWER
     assert str((remote.path / "current").readlink()).startswith(("envs/0.2.0-", f"{remote.path}/envs/0.2.0-"))
+    again = home.run("nodes", "upgrade", "far", **new)
+    assert again.code == 0 and "is arriero 0.2.0 already" in again.err, again
+    assert "takes no new work" not in again.err, "there was nothing to do"
 
 
 def test_models_go_from_neighbour_to_neighbour(home: Home, remote: Remote, tmp_path: Path) -> None:
@@ -325,13 +345,19 @@ def test_a_removal_that_is_interrupted_leaves_a_node_that_works(home: Home, remo
 
 
 def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
-    home: Home, remote: Remote
+    home: Home, remote: Remote, tmp_path: Path
 ) -> None:
     added(home, remote)
-    with home.start("nodes", "upgrade", "far") as upgrading:
+    assert home.run("down").code == 0
+    newer = other_version(tmp_path / "newer", "0.2.0")
+    remote.prepare(newer)
+    assert home.run("up", "-q", PYTHONPATH=str(newer)).code == 0
+    with home.start("nodes", "upgrade", "far", PYTHONPATH=str(newer)) as upgrading:
         said(upgrading, "takes no new work")
         home.kill(home.pid("orchestrator"))
         upgrading.kill()
+    # The agent before runs, and fits the orchestrator before.
+    assert home.run("down").code == 0
     assert home.run("up", "-q").code == 0
     status_is(home, "far", "ready", 40)
 
@@ -353,20 +379,33 @@ def test_an_upgrade_that_does_not_do_goes_back(home: Home, remote: Remote, tmp_p
     before = (remote.path / "current").readlink()
     assert home.run("down").code == 0
     newer = other_version(tmp_path / "newer", "0.2.0")
-    tag = remote.prepare(newer)
-    # What is installed as the new version starts, and is the old one.
-    (pointer,) = (remote.path / "envs" / tag).glob("lib/*/site-packages/here.pth")
-    pointer.write_text(pointer.read_text().replace(str(newer), str(PACKAGE.parent)))
+    # What answers as it should, and cannot join.
+    strange = other_version(tmp_path / "strange", "0.2.0")
+    agent = strange / "arriero/agent/app.py"
+    snapshot, strangely = (
+        "capabilities=self._machine.capabilities()",
+        "msgspec.structs.replace({}, api_version=99)",
+    )
+    assert snapshot in agent.read_text()
+    words = agent.read_text().replace(
+        snapshot, f"capabilities={strangely.format(snapshot.partition('=')[2])}"
+    )
+    agent.write_text(words.replace("import asyncio\n", "import asyncio\nimport msgspec\n", 1))
     new = {"PYTHONPATH": str(newer)}
     assert home.run("up", "-q", **new).code == 0
-    done = home.run("nodes", "upgrade", "far", "--json", **new)
-    assert done.json["error"]["code"] == "VERSION_MISMATCH", done
-    assert "runs again" in done.json["error"]["details"]["left"]
-    assert (remote.path / "current").readlink().name == before.name
-    assert not (remote.path / "envs" / tag).exists()
-    until("the old one is held, and refused", lambda: node(home, "far")["error"])
-    assert node(home, "far")["error"]["code"] == "VERSION_MISMATCH"
-    assert str(before.name) in " ".join(psutil.Process(remote.run_record()["pid"]).cmdline())
+    # What is installed as the new version starts, and is the old one; or never joins.
+    for source in (PACKAGE.parent, strange):
+        tag = remote.prepare(newer)
+        (pointer,) = (remote.path / "envs" / tag).glob("lib/*/site-packages/here.pth")
+        pointer.write_text(pointer.read_text().replace(str(newer), str(source)))
+        done = home.run("nodes", "upgrade", "far", "--json", **new)
+        assert done.json["error"]["code"] == "VERSION_MISMATCH", done
+        assert "runs again" in done.json["error"]["details"]["left"]
+        assert (remote.path / "current").readlink().name == before.name
+        assert not (remote.path / "envs" / tag).exists()
+        until("the old one is held, and refused", lambda: "0.1.0" in str(node(home, "far")["error"]))
+        assert node(home, "far")["error"]["code"] == "VERSION_MISMATCH"
+        assert str(before.name) in " ".join(psutil.Process(remote.run_record()["pid"]).cmdline())
 
 
 def test_a_machine_that_cannot_be_reached_is_removed_only_by_force(home: Home, remote: Remote) -> None:

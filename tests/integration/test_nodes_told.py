@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.support.home import Home, until
-from tests.support.remote import Remote
+from tests.support.remote import Remote, register
 
 from arriero.contracts.fence import FENCE_HEADER, Fence
 from arriero.runtime.state_dir import StateDir
@@ -53,6 +53,15 @@ def taken_over(remote: Remote) -> Iterator[None]:
         yield
 
 
+def completed(home: Home, *words: str) -> list[str]:
+    """Return what a shell would offer instead of the last word."""
+    asked = {"_ARRIERO_COMPLETE": "zsh_complete", "COMP_WORDS": " ".join(["arriero", *words])}
+    done = home.run(COMP_CWORD=str(len(words)), **asked)
+    assert (done.code, done.err) == (0, ""), done
+    # A kind, a value, a help.
+    return done.out.splitlines()[1::3]
+
+
 def test_a_group_without_a_command_shows_its_help_as_it_is_laid_out(home: Home) -> None:
     done = home.run("nodes")
     assert (done.code, done.out) == (2, "")
@@ -72,19 +81,49 @@ def test_a_label_is_refused_in_the_words_of_the_command(home: Home, label: str) 
     assert error["message"].startswith("--label ") and "KEY" in error["message"]
 
 
+def test_nothing_is_offered_and_nothing_said_where_nothing_runs(home: Home) -> None:
+    assert completed(home, "infer", "--node", "") == []
+    assert home.processes() == []
+
+
 def test_each_part_of_an_address_is_refused_as_what_it_is(home: Home) -> None:
     for words, told in (
         (("--accept-host-key", "SHA256:xyz"), "'SHA256:xyz' is no fingerprint of a host key"),
         (("--install-path", "my files"), "'my files' is no install path"),
+        (("--ssh", "ana@"), "'ana@' is no address of a machine"),
+        (("--ssh", ""), "'' is no address of a machine"),
     ):
         done = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", *words, "--json")
         error = done.json["error"]
         assert (done.code, error["code"]) == (1, "INVALID_REQUEST")
         assert error["message"].startswith(told), error
+    assert home.state.running("orchestrator") is None, "nothing is started for what cannot be"
+    sum_ = home.run("engines", "install", "--sha256", "zz", "--json").json["error"]
+    assert sum_["message"] == "--sha256 'zz' is no checksum: 64 hexadecimal digits"
     closed = home.run("nodes", "add", "far", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert "`ssh -p 9 ana@127.0.0.1`" in closed["details"]["suggested_action"], closed
+    for name in ("", "a/b", ".."):
+        assert home.run("nodes", "show", name, "--json").json["error"]["code"] == "NODE_NOT_FOUND", name
     own = home.run("nodes", "add", "box", "--ssh", "ana@127.0.0.1:9", "--json").json["error"]
     assert own["code"] == "NODE_ALREADY_EXISTS" and "remove" not in own["details"]["suggested_action"]
+
+
+def test_a_machine_that_was_added_keeps_its_name_before_the_one_we_run_on(home: Home) -> None:
+    register(home, "box", "ana@127.0.0.1:9")
+    assert home.run("up", "-q").code == 0
+    found = {each["name"]: each for each in home.run("nodes", "list", "--json").json["nodes"]}
+    assert {name: each["is_remote"] for name, each in found.items()} == {"box": True, "box-local": False}
+    assert found["box"]["ssh"] == "ana@127.0.0.1:9" and found["box"]["status"] != "ready"
+    told = home.run("nodes", "list").err
+    assert "box-local: this machine's agent is called box" in told and "node_name" in told
+    answer = home.run("infer", "--model", "demo", "--temperature", "0", "Count from 5 to 7.", "--json")
+    assert answer.code == 0 and answer.json["node"] == "box-local", answer
+    # What a person wishes of it is kept by that name; and a drained one is no failed start.
+    assert home.run("nodes", "drain", "box-local", "-q").code == 0
+    assert home.run("down").code == 0
+    assert home.run("up", "-q").code == 0
+    listed = home.run("nodes", "list", "--json").json["nodes"]
+    assert [(each["name"], each["is_drained"]) for each in listed] == [("box", False), ("box-local", True)]
 
 
 def test_a_machine_is_one_node_by_whatever_address(
@@ -101,6 +140,8 @@ def test_a_machine_is_one_node_by_whatever_address(
         joined = home.run("nodes", "add", "far", "--ssh", server.target, *given, "--json")
         assert joined.code == 0, joined
         assert joined.json["key_path"] == str(tmp_path / "far/key")
+        assert "the same machine as box: its memory is shared" in joined.err
+        assert joined.json["same_machine_as"] == ["box"]
         lease = joined.json["lease"]
         again = home.run("nodes", "add", "near", "--ssh", f"localhost:{server.port}", *given, "--json")
         error = again.json["error"]
@@ -119,6 +160,9 @@ def test_a_machine_is_one_node_by_whatever_address(
             home.run("nodes", "update", "far", "--label", "room=attic").err
             == "[orchestrator] far is changed\n"
         )
+        for words in (("infer", "--node"), ("nodes", "show"), ("engines", "list", "--node")):
+            assert completed(home, *words, "f") == ["far"], words
+        assert completed(home, "explain", "--label", "r") == ["room=attic"]
         home.run("nodes", "drain", "far")
         assert home.run("nodes", "undrain", "far").err == "[orchestrator] far takes work again\n"
         # A command that starts the next orchestrator waits until the machine that it names has joined.

@@ -5,8 +5,10 @@ Method: real agents in processes of their own, the real fetcher.
 
 import asyncio
 import contextlib
+import http.client
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from tests.integration.model_files import kit_in, sha256, small_limits
@@ -16,6 +18,7 @@ from arriero.agent.files import in_thread
 from arriero.agent.peers import ANSWER_BYTES_MAX, PeerOffer, offers
 from arriero.client.api import download_frames
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.peers import reading_token
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import PeerSource
 from arriero.engines import gguf as gguf_format
@@ -37,7 +40,7 @@ def _pull(agent: AgentProcess, ref: str) -> ModelRecord:
 
 def _source(agent: AgentProcess, node: str = "attic") -> PeerSource:
     assert agent.run is not None
-    return PeerSource(url=agent.run.url, token=agent.run.token, node=node)
+    return PeerSource(url=agent.run.url, token=reading_token(agent.run.token), node=node)
 
 
 async def test_a_model_comes_from_the_agent_that_has_it(tmp_path: Path) -> None:
@@ -66,6 +69,37 @@ async def test_a_model_comes_from_the_agent_that_has_it(tmp_path: Path) -> None:
                 assert path.read_bytes() == content and len(server.requests) == asked
     assert [reason.split(" ")[0] for reason in silent] == ["gone", "stranger", "host"]
     assert "status 401" in silent[1] and "secret" not in "".join(silent)
+
+
+def _status(agent: AgentProcess, method: str, path: str) -> int:
+    """Return what an agent answers to who has the token that its neighbours get."""
+    source = _source(agent)
+    connection = http.client.HTTPConnection(urlsplit(source.url).netloc, timeout=10)
+    with contextlib.closing(connection):
+        connection.request(method, path, body=b"{}", headers={"Authorization": f"Bearer {source.token}"})
+        return connection.getresponse().status
+
+
+def test_a_neighbour_reads_models_and_does_nothing_else(tmp_path: Path) -> None:
+    write_llama(tmp_path / "m.gguf")
+    with AgentProcess(tmp_path / "one") as one:
+        record = _pull(one, f"file://{tmp_path}/m.gguf")
+        model = f"/v1/models/{record.model_id}"
+        file = f"{model}/files/{record.files[0]}"
+        for path in ("/v1/models", file):
+            assert _status(one, "GET", path) == 200, path
+        for method, path in (
+            ("GET", "/v1/health"), ("GET", "/v1/capabilities"), ("GET", "/v1/events"), ("GET", "/metrics"),
+            ("GET", model), ("GET", f"{model}/estimate"), ("DELETE", model), ("PUT", f"{model}/pin"),
+            ("DELETE", file), ("POST", "/v1/models"), ("POST", "/v1/models/download"),
+            ("POST", "/v1/models/import"), ("POST", "/v1/models/prune"), ("GET", "/v1/workers"),
+            ("POST", "/v1/workers"), ("GET", "/v1/engines"), ("POST", "/v1/admin/shutdown"),
+            ("GET", "/v1/models/"), ("GET", "//v1/models"), ("GET", f"{model}/files/../estimate"),
+            ("GET", f"{model}%2Festimate"), ("GET", f"{file}/../../estimate"),
+        ):  # fmt: skip
+            assert _status(one, method, path) == 401, f"{method} {path}"
+        assert [model.model_id for model in one.client.models()] == [record.model_id]
+        assert one.client.workers() == []
 
 
 async def test_a_file_of_another_machine_is_not_meant_by_the_same_path(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ async def test_too_many_keys(fabric: SshFabric, standing: SshServer, ssh_dir: Pa
     names = [ssh_dir / f"key{index}" for index in range(8)]
     for path in names:
         path.write_bytes(asyncssh.generate_private_key("ssh-ed25519").export_private_key())
-    (ssh_dir / "config").write_text("".join(f"IdentityFile {path}\n" for path in names))
+    (ssh_dir / "config").write_text("".join(f'IdentityFile "{path}"\n' for path in names))
     address = NodeAddress.parse(standing.target, host_key=standing.fingerprint())
     assert (await refused(fabric, address)).code is ErrorCode.SSH_AUTH_FAILED
 
@@ -262,7 +262,7 @@ async def test_a_revoked_host_key(fabric: SshFabric, standing: SshServer, ssh_di
 async def test_a_name_of_the_configuration(fabric: SshFabric, standing: SshServer, ssh_dir: Path) -> None:
     (ssh_dir / "config").write_text(
         f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  User {standing.user}\n"
-        f"  IdentityFile {standing.key}\n  RemoteCommand false\n  SendEnv *\n  RequestTTY force\n"
+        f'  IdentityFile "{standing.key}"\n  RemoteCommand false\n  SendEnv *\n  RequestTTY force\n'
     )
     (ssh_dir / "known_hosts").write_text(standing.known_hosts_line())
     await works(fabric, NodeAddress("box"))
@@ -287,7 +287,7 @@ async def test_a_host_on_the_way(
     fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path
 ) -> None:
     (ssh_dir / "config").write_text(
-        f"Host jump\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile {server.key}\n"
+        f'Host jump\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
         f"Host box\n  HostName 127.0.0.1\n  Port {standing.port}\n  ProxyJump jump\n"
     )  # fmt: skip
     address = NodeAddress("box", key_path=str(standing.key), host_key=standing.fingerprint())

@@ -92,6 +92,12 @@ class Home:
         assert record is not None, f"no {role} runs"
         return record.pid
 
+    def url(self) -> str:
+        """Return the orchestrator's address."""
+        record = self.state.running("orchestrator")
+        assert record is not None, "no orchestrator runs"
+        return record.url
+
     def kill(self, pid: int) -> None:
         """SIGKILL a process and wait for its end."""
         known = processes.identity(pid)

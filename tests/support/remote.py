@@ -4,6 +4,7 @@ Its environment has this one's packages, and the files of the arriero that is to
 such a machine does all that adding does but pip's work, which has tests of its own.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -19,6 +20,11 @@ from tests.support import cli
 from tests.support.home import Home, until
 
 import arriero
+from arriero.contracts.records import Capabilities
+from arriero.contracts.version import API_VERSION, __version__
+from arriero.orchestrator.store import open_database
+from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.runtime.entropy import SystemEntropy
 from arriero.testing.sshd import SshServer
 
 PACKAGE = Path(str(arriero.__file__)).parent
@@ -32,6 +38,25 @@ def other_version(folder: Path, version: str) -> Path:
     text = re.sub(r'^__version__ = ".*"$', f'__version__ = "{version}"', file.read_text(), flags=re.MULTILINE)
     file.write_text(text)
     return folder
+
+
+def register(home: Home, name: str, ssh: str) -> None:
+    """Have the next orchestrator of a pool know a machine as if it had been added once."""
+    has = Capabilities(
+        name=name, version=__version__, api_version=API_VERSION, backends=["cpu"], devices=[], engines={},
+        ram_mb=8000, ram_free_mb=4000, disk_free_mb=9000, cpu_cores=2, os="linux", arch="x86_64",
+    )  # fmt: skip
+
+    async def save() -> None:
+        home.state.prepare()
+        database = await open_database(home.state.orchestrator_db)
+        try:
+            store = await NodeStore.open(database, SystemEntropy())
+            await store.save(NodeEntry(name=name, ssh=ssh, install_path="arr", capabilities=has))
+        finally:
+            await database.close()
+
+    asyncio.run(save())
 
 
 class Remote:

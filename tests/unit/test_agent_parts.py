@@ -18,7 +18,7 @@ from arriero.agent.machine import Machine, seen_by_engine_alone, shown_devices
 from arriero.agent.oom import OomWitness
 from arriero.agent.preflight import CONTEXT_LEAST_TOKENS, Preflight, spec_of
 from arriero.agent.spawner import worker_env
-from arriero.agent.worker_logs import follow, prune, rotate
+from arriero.agent.worker_logs import follow, prune
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentSnapshot
 from arriero.contracts.records import Capabilities, DeviceRecord, EngineBuild
@@ -27,6 +27,7 @@ from arriero.engines.base import EngineSpec, Estimate
 from arriero.engines.fake import Fake
 from arriero.engines.llamacpp_backends import EngineDevice
 from arriero.runtime import processes, state_dir
+from arriero.runtime.log_files import rotate
 
 # --- Logs --------------------------------------------------------------------------------------
 

@@ -31,11 +31,16 @@ V2_MOUNTS = """\
 
 def machine(folder: Path, *, pid: int, cgroup: str, mounts: str) -> tuple[Path, Path]:
     """Write what a machine's /proc says, and return it with the folder of the hierarchies."""
-    proc, root = folder / "proc", folder / "cgroup"
+    proc, root = folder / "proc", folder / "c group"
     (proc / str(pid)).mkdir(parents=True)
     (proc / str(pid) / "cgroup").write_text(cgroup)
-    (proc / str(pid) / "mountinfo").write_text(mounts.format(root=root))
+    (proc / str(pid) / "mountinfo").write_text(mounts.format(root=_escaped(root)))
     return proc, root
+
+
+def _escaped(path: Path) -> str:
+    """Return a path as the kernel writes it into mountinfo."""
+    return str(path).replace("\\", "\\134").replace(" ", "\\040")
 
 
 def files(folder: Path, **contents: object) -> Path:

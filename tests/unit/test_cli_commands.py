@@ -1,5 +1,6 @@
 """Is every command in the table, with help and examples, and is nothing imported before it is needed?"""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -75,6 +76,12 @@ def test_infer_imports_neither_daemons_nor_what_only_progress_bars_need() -> Non
 def test_daemons_start_without_the_command_line_s_libraries(role: str) -> None:
     loaded = _modules_after(f"from arriero.__main__ import main; main(['{role}', '--help'])")
     assert not loaded & {"click", "rich"}
+
+
+def test_daemons_start_without_libraries_that_only_happen_to_be_installed() -> None:
+    assert importlib.util.find_spec("pydantic") is not None
+    loaded = _modules_after("from arriero.runtime.litestar_app import make_app; make_app([], title='x')")
+    assert "litestar" in loaded and "pydantic" not in loaded
 
 
 def _modules_after(script: str) -> set[str]:

@@ -1,14 +1,16 @@
-"""Deadlines, restart intensity, the registry of workers."""
+"""Deadlines, restart intensity, names of nodes, the registry of workers, errors that crossed the wire."""
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts import ids
+from arriero.contracts.errors import ArrieroError, ErrorBody, ErrorCode, from_body
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.states import WorkerState
 from arriero.domain import deadlines
+from arriero.domain.node_names import free_name
 from arriero.domain.restarts import CrashHistory, RestartPolicy
 from arriero.domain.workers import WorkerRegistry
 
@@ -31,6 +33,13 @@ def test_a_deadline_that_is_none_is_refused(text: str) -> None:
         deadlines.parse_header(text)
 
 
+@pytest.mark.parametrize("code", ["NOT_FOUND", "NOBODY_KNOWS"])
+def test_an_error_from_elsewhere_may_have_details_of_any_name(code: str) -> None:
+    details = {"code": 1, "message": [], "self": {}, "port": 7}
+    error = from_body(ErrorBody(code, "said", details))
+    assert error.details == details and error.message.endswith("said")
+
+
 def test_three_crashes_in_the_window_refuse_the_model_for_a_growing_while() -> None:
     history = CrashHistory(RestartPolicy(intensity_max=3, window_s=60, refuse_s=60))
     for at in (0.0, 10.0, 20.0):
@@ -48,6 +57,15 @@ def test_crashes_far_apart_refuse_nothing() -> None:
     for at in range(0, 600, 40):
         history.crashed(float(at))
     assert history.refused_for_s(600.0) == 0
+
+
+@given(st.from_regex(ids.NODE_NAME, fullmatch=True), st.integers(0, 12))
+def test_a_name_that_is_taken_gives_another_one(name: str, others: int) -> None:
+    taken: list[str] = []
+    for _ in range(others + 1):
+        taken.append(free_name(name, taken))
+    assert taken[0] == name and len(set(taken)) == len(taken)
+    assert all(ids.NODE_NAME.fullmatch(each) for each in taken)
 
 
 def record(

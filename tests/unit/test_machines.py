@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.domain.keeping import DELAY_MAX_S, WELL_S, Keeping
-from arriero.orchestrator.machines import agent_child, lock, wheel
+from arriero.orchestrator.machines import agent_child, environment_child, lock, there_child, wheel
 from arriero.orchestrator.machines.there import Look, Python
 
 MARKERS = {
@@ -30,6 +30,35 @@ MARKERS = {
 PI = lock.Target("Linux", "aarch64", "glibc 2.31", "6.1", (3, 12, 3))
 ALPINE = lock.Target("Linux", "x86_64", "musl 1.2.4", "6.1", (3, 12, 3))
 MAC = lock.Target("Darwin", "arm64", "", "14.5", (3, 13, 0))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("Linux", "x86_64", "glibc 2.999999999", "6.1"),
+        ("Linux", "aarch64", "musl 1.99999999999", "6.1"),
+        ("Darwin", "arm64", "", "99999999.1"),
+        ("Darwin", "x86_64", "", ""),
+    ],
+)
+def test_whatever_a_machine_says_of_its_version_a_list_stays_short(said: tuple[str, str, str, str]) -> None:
+    assert len(lock.Target(*said, (3, 12, 3)).platforms()) < 2000
+
+
+def test_where_others_can_exchange_what_is_run_nothing_is_installed(tmp_path: Path) -> None:
+    there = tmp_path / "shared" / "of-us"
+    there.mkdir(parents=True)
+    assert there_child.exposed_at(there) == "" == there_child.path_problem(there / "arr")
+    there.parent.chmod(0o777)
+    assert there_child.exposed_at(there) == str(there.parent)
+    assert str(there.parent) in there_child.path_problem(there / "arr")
+    # As /tmp: others may write, and change nothing of ours.
+    there.parent.chmod(0o1777)
+    assert there_child.exposed_at(there) == ""
+    there.parent.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(there)
+    assert there_child.exposed_at(link) == str(there.parent)
 
 
 # --- The lock ------------------------------------------------------------------------------------
@@ -121,6 +150,21 @@ def test_an_older_wheel_goes(tmp_path: Path) -> None:
     (tmp_path / "arriero-0.0.0-py3-none-any.whl").write_bytes(b"old")
     packed = wheel.pack(tmp_path)
     assert [path.name for path in tmp_path.glob("*.whl")] == [packed.path.name]
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("Collecting rich-click==1.9.9 (from -r /a/runtime.txt (line 1158))", "rich-click"),
+        ("Processing /a/wheels/xllamacpp-2026.10-cp310-abi3-linux_x86_64.whl (from -r /a/b)", "xllamacpp"),
+        ("Processing ./typing_extensions-4.16.0-py3-none-any.whl", "typing_extensions"),
+        ("  Downloading rich-15.0.0.whl (300 kB)", ""),
+        ("Collecting", ""),
+        ("", ""),
+    ],
+)
+def test_pip_begins_with_a_package(line: str, package: str) -> None:
+    assert environment_child.package_begun(line) == package
 
 
 # --- Which Python --------------------------------------------------------------------------------

@@ -59,6 +59,24 @@ def test_everything_else_is_refused_with_the_accepted_forms(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("ana@", "the host is no name"),
+        ("@host", "the user is no plain name"),
+        ("ana@host:99999", "from 1 to 65535"),
+        ("ana@host:22:22", "the port is no number"),
+        ("ana@fe80::1", "needs its brackets"),
+        ("ana@[::1", "needs its brackets"),
+    ],
+)
+def test_a_person_sees_the_whole_of_what_was_given(text: str, why: str) -> None:
+    with pytest.raises(ArrieroError) as refused:
+        NodeAddress.parse(text)
+    assert refused.value.message.startswith(f"'{text}' is no address of a machine: ")
+    assert why in refused.value.message
+
+
+@pytest.mark.parametrize(
     "part",
     [
         *({"install_path": bad} for bad in HOSTILE if bad != "a=b"), {"install_path": "a=b"}, {"install_path": "a//b"},

@@ -93,7 +93,7 @@ CASES = [
     ),
     (
         node("a", disk_free_mb=1024), WANTS, ErrorCode.INSUFFICIENT_DISK,
-        "has 1.0 GiB of disk free, fetching the model takes 2.9",
+        "has 1.0 GiB of disk free, fetching it takes 2.9 GiB",
     ),
     (
         node("a", devices=(cpu(), card())), WANTS, ErrorCode.BACKEND_UNAVAILABLE,

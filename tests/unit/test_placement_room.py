@@ -20,7 +20,7 @@ from arriero.domain.placement_eviction import (
 )
 from arriero.domain.placement_ledger import Ledger
 from arriero.domain.placement_turns import Place, Turn, limits_of, turn
-from arriero.domain.speeds import Speeds
+from arriero.domain.speeds import Speed
 
 WANTS = Wants("hf:a/b")
 OCCUPANTS = st.lists(
@@ -237,9 +237,11 @@ def test_memory_is_not_given_away_twice_and_a_beat_settles_what_its_agent_knew()
 
 
 def test_a_speed_is_a_mean_that_forgets() -> None:
-    speeds = Speeds()
-    assert speeds.finished("a", "demo", tokens=3, duration_ms=1) is None
-    assert speeds.finished("a", "demo", tokens=100, duration_ms=0) is None
-    assert speeds.finished("a", "demo", tokens=100, duration_ms=1000) == 100.0
-    assert speeds.finished("a", "demo", tokens=100, duration_ms=2000) == 90.0
-    assert (speeds.of("demo"), speeds.of("other")) == ({"a": 90.0}, {})
+    speed = Speed()
+    speed.finished(tokens=3, seconds=1)
+    speed.finished(tokens=100, seconds=0)
+    assert speed.tokens_per_s == 0
+    speed.finished(tokens=100, seconds=1)
+    assert speed.tokens_per_s == 100
+    speed.finished(tokens=100, seconds=2)
+    assert speed.tokens_per_s == 90

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.runtime.sse import LINE_BYTES_MAX, SseEvent, SseParser, comment, encode
+from arriero.runtime.sse import EVENT_CHARS_MAX, LINE_BYTES_MAX, SseEvent, SseParser, comment, encode
 
 TEXT = st.text(st.characters(exclude_characters="\x00\r\n", exclude_categories=["Cs"]), max_size=30)
 
@@ -45,6 +45,14 @@ def test_data_with_line_breaks_comes_back_whole() -> None:
 
 def test_an_unfinished_event_is_no_event() -> None:
     assert SseParser().feed(b"data: half\n") == []
+
+
+def test_an_endless_event_is_refused() -> None:
+    parser = SseParser()
+    line = b"data: %s\n" % (b"x" * 1_000_000)
+    with pytest.raises(ValueError):
+        for _ in range(EVENT_CHARS_MAX // 1_000_000 + 1):
+            parser.feed(line)
 
 
 def test_an_endless_line_is_refused() -> None:

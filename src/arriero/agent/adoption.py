@@ -111,6 +111,7 @@ def _living(record: WorkerRecord, health: WorkerHealth | None) -> WorkerRecord:
         queued=health.queued,
         load_fraction=health.load_fraction,
         is_embedding=health.is_embedding,
+        tokens_per_s=health.tokens_per_s,
     )
 
 

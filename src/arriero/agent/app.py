@@ -32,10 +32,11 @@ from arriero.agent.routes.stock import BODY_LIMITS, stock_routes
 from arriero.agent.routes.workers import READY_PATH, worker_routes
 from arriero.agent.spawner import Spawner
 from arriero.agent.supervisor import Supervisor
-from arriero.agent.worker_logs import prune, rotate
+from arriero.agent.worker_logs import prune
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import AgentBeat, AgentSnapshot, DownloadChanged, ModelsChanged, WorkerChanged
+from arriero.contracts.peers import reading_token, reads_models
 from arriero.contracts.records import DownloadRecord, RunRecord, WorkerList, WorkerRecord
 from arriero.contracts.requests import ShutdownBody
 from arriero.contracts.version import __version__
@@ -48,6 +49,7 @@ from arriero.runtime.clock import Clock, SystemClock
 from arriero.runtime.entropy import Entropy, SystemEntropy
 from arriero.runtime.http import Http
 from arriero.runtime.litestar_app import make_app
+from arriero.runtime.log_files import rotate
 from arriero.runtime.serve import bind, serve, url_of
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir
@@ -240,6 +242,8 @@ class _Agent:
             guard = Guard(
                 Leased(self._app(), self._lease),
                 token=self._token,
+                reading_token=reading_token(self._token),
+                is_reading=reads_models,
                 open_paths=frozenset({READY_PATH}),
                 body_bytes_max_of=BODY_LIMITS,
             )
@@ -331,7 +335,7 @@ class _Agent:
             self._supervisor.tidy()
             self._supervisor.stop_bound(self._has_gone)
             live = self._supervisor.live_logs()
-            for path in live:
+            for path in (self._state.log_file("agent"), *live):
                 await asyncio.to_thread(rotate, path, self._settings.log_bytes_max)
             await asyncio.to_thread(prune, self._state.logs / "workers", live)
 

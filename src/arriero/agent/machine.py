@@ -15,7 +15,7 @@ from arriero.domain.engine_builds import CPU, Platform, WantedBuild, wanted_buil
 from arriero.domain.preflight import Resources, offered_backends
 from arriero.engines import registry
 from arriero.engines.llamacpp_backends import EngineDevice
-from arriero.runtime import devices, logs
+from arriero.runtime import devices, logs, processes
 from arriero.runtime.devices import MIB, DeviceReport
 
 
@@ -41,6 +41,7 @@ class Machine:
         self._builds = tuple(builds)
         self._is_cpu_chosen = backend == CPU
         self._cpu_name = devices.cpu_name()
+        self._machine_id = processes.machine_id()
         self._report = DeviceReport()
         self._log = logs.get("arriero.agent.machine")
 
@@ -123,6 +124,7 @@ class Machine:
             os=platform.system().lower(),
             arch=platform.machine(),
             advice=self.engine_list().advice,
+            machine_id=self._machine_id,
         )
 
 

@@ -1,6 +1,7 @@
 """How is pip run, so that it does what is asked and nothing that a person's configuration adds?"""
 
 import asyncio
+import importlib.util
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from arriero.contracts.errors import ErrorCode, fail
-from arriero.runtime import processes
+from arriero.runtime import pip_wheel, processes
 from arriero.runtime.clock import Clock
 
 #: Between two looks at how far it is.
@@ -54,14 +55,21 @@ def index_configuration(index_url: str) -> str:
     return f"[global]\n{section}\n[download]\n{section}"
 
 
-def environment(env: Mapping[str, str], *, configuration: Path | None, scratch: Path) -> dict[str, str]:
-    """Return pip's environment: ours, but what it would change of its work."""
+def environment(
+    env: Mapping[str, str], *, configuration: Path | None, scratch: Path, wheel: Path | None = None
+) -> dict[str, str]:
+    """Return pip's environment: ours, but what it would change of its work; `wheel`: it runs from there."""
     kept = {name: value for name, value in env.items() if not name.startswith("PIP_") or name in _KEPT}
     return {
         **kept,
         "PIP_CONFIG_FILE": os.fspath(configuration) if configuration is not None else os.devnull,
         "TMPDIR": os.fspath(scratch),
+        **({} if wheel is None else {"PYTHONPATH": _joined(os.fspath(wheel), kept.get("PYTHONPATH", ""))}),
     }
+
+
+def _joined(*paths: str) -> str:
+    return os.pathsep.join(path for path in paths if path)
 
 
 async def run(
@@ -72,13 +80,16 @@ async def run(
 
     Raises INSTALL_FAILED when it comes no further.
     """
+    # An environment that another arriero made here has none of its own.
+    has_pip = importlib.util.find_spec("pip") is not None
+    wheel = None if has_pip else await asyncio.to_thread(pip_wheel.find)
     output = scratch / "pip.log"
     with output.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-c", _RUN_PIP, str(os.getpid()),
             "--disable-pip-version-check", "--no-input", "--no-color", *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", start_new_session=True,
-            env=environment(os.environ, configuration=configuration, scratch=scratch),
+            env=environment(os.environ, configuration=configuration, scratch=scratch, wheel=wheel),
         )  # fmt: skip
     try:
         code = await _followed(process, scratch, clock, tell)

@@ -341,6 +341,7 @@ class Supervisor:
                 queued=health.queued,
                 load_fraction=health.load_fraction,
                 is_embedding=health.is_embedding,
+                tokens_per_s=health.tokens_per_s,
             )
         )
         self._unload_if_idle(held, health, now_s)

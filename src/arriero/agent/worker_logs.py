@@ -1,7 +1,6 @@
-"""How are workers' logs kept small, and read while they grow?
+"""How are workers' logs kept few, and read while they grow?
 
-A worker writes to its log by itself, so that it goes on when its agent dies; the log is therefore
-copied and cut, not renamed.
+A worker writes to its log by itself, so that it goes on when its agent dies (see `runtime.log_files`).
 """
 
 import asyncio
@@ -17,26 +16,6 @@ FOLLOW_LOOK_S: Final = 0.2
 READ_BYTES: Final = 65_536
 #: Logs of ended workers that are kept, the newest.
 ENDED_LOGS_MAX: Final = 50
-
-
-def rotate(path: Path, bytes_max: int) -> bool:
-    """Move the content of a log that is too large to `NAME.1`; returns whether it was.
-
-    The writer appends, so it goes on at the beginning.  Lines written while the last bytes are
-    copied may be lost: microseconds once in `bytes_max`.
-    """
-    try:
-        if path.stat().st_size < bytes_max:
-            return False
-        with path.open("r+b") as source, path.with_suffix(".log.1").open("wb") as target:
-            os.fchmod(target.fileno(), 0o600)
-            # To the very end: what was written meanwhile is taken along.
-            while block := source.read(READ_BYTES):
-                target.write(block)
-            source.truncate(0)
-    except OSError:
-        return False
-    return True
 
 
 def prune(folder: Path, live: Collection[Path], *, kept_max: int = ENDED_LOGS_MAX) -> int:

@@ -30,10 +30,11 @@ from arriero.contracts.events import (
     TaskUsage,
 )
 from arriero.contracts.requests import TaskBody
+from arriero.domain import deadlines
 
 CANCEL_TIMEOUT_S: Final = 3.0
 #: We are the last to give up, so that the error told is the one of whoever knew best.
-OWN_MARGIN_S: Final = 2.0
+OWN_MARGIN_S: Final = 2 * deadlines.WORD_MS / 1000
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

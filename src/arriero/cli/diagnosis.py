@@ -67,7 +67,7 @@ def examine(state: StateDir) -> Iterator[Finding]:
     try:
         found = settings_.load()
     except ArrieroError as error:
-        yield _fail("settings", error.message, error.kind.what_to_do)
+        yield _fail("settings", error.message, error.advice)
     else:
         yield _ok("settings", "valid")
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from arriero.domain.keeping import Keeping
 from arriero.runtime import processes
+from arriero.runtime.log_files import rotate
 
 #: The agent gives its workers 30 s; one that hangs is killed then.
 END_TIMEOUT_S: Final = 45.0
@@ -50,7 +51,8 @@ def main() -> int:
 def _keep(signals: "_Signals", log: Path) -> None:
     keeping = Keeping()
     while not signals.is_stopped():
-        _make_room(log)
+        # One that lives looks after its log by itself; one that ends at once each time does not come to it.
+        rotate(log, LOG_BYTES_MAX)
         started_s = time.monotonic()
         agent = subprocess.Popen([sys.executable, "-m", "arriero", "agent"], stdin=subprocess.DEVNULL)
         while agent.poll() is None and not signals.is_stopped():
@@ -120,18 +122,6 @@ def _woken() -> Iterator[_Signals]:
         signal.set_wakeup_fd(-1)
         os.close(reader)
         os.close(writer)
-
-
-def _make_room(log: Path) -> None:
-    """Begin a new log where ours is long; one older file is kept."""
-    with contextlib.suppress(OSError):
-        if log.stat().st_size < LOG_BYTES_MAX:
-            return
-        log.replace(log.with_name("agent.log.1"))
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
 
 
 def _write_record(path: Path) -> None:

@@ -211,17 +211,18 @@ def _has_joined(state: StateDir) -> bool:
         return True
     limits = Limits(connect_s=_LOOK_TIMEOUT_S, total_s=_LOOK_TIMEOUT_S)
     try:
-        name = Agent(agent.url, agent.token, limits=limits).health().name
         nodes = Orchestrator(orchestrator.url, orchestrator.token, limits=limits).nodes()
     except ArrieroError:
         return False
-    for node in nodes:
-        if node.name == name and node.error is not None and node.error.code == ErrorCode.VERSION_MISMATCH:
+    # By whatever name: a machine that was added may have that of the agent here.
+    here = [node for node in nodes if not node.is_remote]
+    for node in here:
+        if node.error is not None and node.error.code == ErrorCode.VERSION_MISMATCH:
             raise from_body(node.error)
     # An orchestrator that lives on still shows the node of the agent before this one.
     return any(
-        node.name == name and node.status is NodeState.READY and node.last_connected_unix >= agent.started
-        for node in nodes
+        node.status in (NodeState.READY, NodeState.DRAINING) and node.last_connected_unix >= agent.started
+        for node in here
     )
 
 

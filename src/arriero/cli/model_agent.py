@@ -5,21 +5,18 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
-
 from arriero.cli import options, pool
 from arriero.cli.narrator import Narrator
 from arriero.client import discovery
 from arriero.client.api import Agent, Orchestrator
 from arriero.client.connection import Limits
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.peers import reading_token
 from arriero.contracts.records import ModelRecord
 from arriero.contracts.requests import PeerSource
 from arriero.runtime.state_dir import StateDir
 
-node_option = click.option(
-    "--node", metavar="NAME", help="A machine of the pool; default: this one, or the only one there is."
-)
+node_option = options.node_option("A machine of the pool; default: this one, or the only one there is.")
 _LIMITS = Limits(total_s=30.0, attempts=3)
 
 
@@ -67,7 +64,7 @@ def peer_of(home: Path) -> PeerSource:
     if found is None:
         raise ArrieroError(ErrorCode.NOT_RUNNING, f"no agent runs with the state folder {home}")
     name = Agent(found.url, found.token, limits=_LIMITS).health().name
-    return PeerSource(url=found.url, token=found.token, node=name)
+    return PeerSource(url=found.url, token=reading_token(found.token), node=name)
 
 
 def find(agent: Agent, wanted: str) -> ModelRecord:

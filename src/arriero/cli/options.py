@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from arriero.cli import completing
 from arriero.client import discovery
 from arriero.client.api import Orchestrator
 from arriero.client.connection import CALL_CODES, FailureCodes, Limits
@@ -16,9 +17,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No steps and no progress on stderr.")
 
-label_option = click.option(
-    "--label", "labels", multiple=True, metavar="K=V", help="Only on nodes with this label; may be repeated."
+model_option = click.option(
+    "-m",
+    "--model",
+    metavar="REF",
+    envvar="ARRIERO_DEFAULT_MODEL",
+    help="Model reference; default: the orchestrator's.",
+    shell_complete=completing.models,
 )
+label_option = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="K=V",
+    help="Only on nodes with this label; may be repeated.",
+    shell_complete=completing.labels,
+)
+
+
+def node_option(text: str) -> Callable[[F], F]:
+    """Return the option that names a machine of the pool; `text` says what for."""
+    return click.option("--node", metavar="NAME", help=text, shell_complete=completing.nodes)
 
 
 def labels_of(given: Sequence[str]) -> dict[str, str]:

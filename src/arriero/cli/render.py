@@ -91,8 +91,7 @@ def error_lines(failure: ArrieroError) -> list[str]:
     tail = failure.details.get("log_tail")
     if isinstance(tail, list):
         lines += [f"  | {line}" for line in tail[-LOG_LINES_SHOWN:]]
-    hint = failure.details.get("suggested_action") or failure.kind.what_to_do
-    return [*lines, f"  hint: {hint}"]
+    return [*lines, f"  hint: {failure.advice}"]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -115,6 +114,17 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     ]
 
 
+def stacked_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table that is too wide: row below row, each cell beside its column's name."""
+    width = max(map(len, columns)) + 2
+    return [
+        f"{column:<{width + 2}}{cell}" if index == 0 else f"  {column:<{width}}{cell}"
+        for row in rows
+        for index, (column, cell) in enumerate(zip(columns, row, strict=True))
+        if cell or index == 0
+    ]
+
+
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
     from rich.console import Console
@@ -131,7 +141,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console(file=sys.stdout, no_color=not has_colour(sys.stdout))
     if Measurement.get(console, console.options.update(max_width=10_000), shown).maximum > console.width:
         # Squeezed into a narrow terminal, names and ids would be cut: nobody could copy them.
-        for line in plain_table(columns, rows):
+        for line in stacked_table(columns, rows):
             out(line)
         return
     console.print(shown)

@@ -1,6 +1,7 @@
 """What can be asked of the orchestrator about the machines of the pool?"""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Final
 from urllib.parse import quote, urlencode
 
@@ -75,7 +76,7 @@ class NodeCalls(Caller):
     def _worked(self, method: str, path: str, on_step: OnStep, body: object = None) -> NodeDone:
         """Follow a piece of work to its end; closing early takes it back."""
         done: NodeDone | None = None
-        with self.stream(method, path, body=body, codes=NODE_CODES) as stream:
+        with self.stream(method, path, body=body, codes=NODE_CODES) as stream, _told_of_the_end():
             for event in stream:
                 if event.comment is not None or not event.data:
                     continue
@@ -86,10 +87,26 @@ class NodeCalls(Caller):
                     on_step(found)
                 else:
                     done = found
-        if done is None:
-            raise ArrieroError(ErrorCode.SSE_CONNECTION_ERROR, "the steps ended before their end")
+            if done is None:
+                raise ArrieroError(ErrorCode.SSE_CONNECTION_ERROR, "the steps ended before their end")
         return done
 
 
+@contextlib.contextmanager
+def _told_of_the_end() -> Iterator[None]:
+    """Have whoever sees an orchestrator die in the middle know what becomes of the work."""
+    try:
+        yield
+    except ArrieroError as error:
+        if error.code in (NODE_CODES.unreachable, NODE_CODES.timeout):
+            error.details.setdefault(
+                "suggested_action", "give the same command again: what was begun is taken up, or taken back"
+            )
+        raise
+
+
 def _path(name: str) -> str:
+    if not name or "/" in name:
+        # It would lead to another route.
+        raise ArrieroError(ErrorCode.NODE_NOT_FOUND, f"no node is called {name!r}")
     return f"/v1/nodes/{quote(name, safe='')}"

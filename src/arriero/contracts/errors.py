@@ -5,6 +5,8 @@ read the row; programs match on the code, never on text.
 """
 
 import enum
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -175,7 +177,7 @@ KINDS: Final[dict[ErrorCode, ErrorKind]] = {
     C.SSH_KEY_UNUSABLE: _row(400, "A private key's file is not there, is no key, has a passphrase, or can be read by others.", "Check the path; `chmod 600` the file; a key with a passphrase goes into ssh-agent."),
     C.SSH_AUTH_FAILED: _row(502, "The machine refused the login.", "Check the user name and the key."),
     C.SSH_HOST_KEY_UNKNOWN: _row(502, "The machine's host key is not known.", "Compare the fingerprint, then accept it."),
-    C.SSH_HOST_KEY_CHANGED: _row(502, "The machine shows another host key than the one that is known.", "If the machine was installed anew, remove the old key (`ssh-keygen -R HOST`), or name the new one with `arriero nodes update NAME --accept-host-key FINGERPRINT`; if not, somebody may stand in between."),
+    C.SSH_HOST_KEY_CHANGED: _row(502, "The machine shows another host key than the one that is known.", "If the machine was installed anew, accept its new key: `arriero nodes update NAME --accept-host-key FINGERPRINT`; if not, somebody may stand in between."),
     C.SSH_COMMAND_FAILED: _row(502, "A command on the other machine failed.", "The details carry its exit code and output."),
     C.PLATFORM_UNSUPPORTED: _row(422, "The machine's system or processor is none that arriero runs on.", "Linux or macOS on x86-64 or ARM64."),
     C.PYTHON_NOT_FOUND: _row(422, "The machine has no Python.", "Install Python 3.11 or newer there."),
@@ -214,6 +216,11 @@ del C
 assert KINDS.keys() == set(ErrorCode), "every code has a row"
 
 
+#: What stands in a row's advice for something that an error's details may name.
+_PLACES: Final = {"NAME": "node", "ID": "worker_id", "FINGERPRINT": "fingerprint"}
+_PLACE: Final = re.compile(rf"\b(?:{'|'.join(_PLACES)})\b")
+
+
 class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     """What went wrong: the same in HTTP bodies, SSE errors, probes and `--json`.
 
@@ -248,18 +255,29 @@ class ArrieroError(Exception):
         """The row of its code."""
         return KINDS[self.code]
 
+    @property
+    def advice(self) -> str:
+        """What its details suggest, else its row: with the names that the details know."""
+        given = self.details.get("suggested_action")
+        return str(given) if given else _PLACE.sub(self._named, self.kind.what_to_do)
+
+    def _named(self, place: re.Match[str]) -> str:
+        known = self.details.get(_PLACES[place[0]])
+        return shlex.quote(str(known)) if known else place[0]
+
     def body(self) -> ErrorBody:
-        """Return the wire form, with the row's advice as `suggested_action` unless one is given."""
-        details = {**self.details}
-        details.setdefault("suggested_action", self.kind.what_to_do)
-        return ErrorBody(self.code.value, self.message, details)
+        """Return the wire form, with its advice as `suggested_action`."""
+        return ErrorBody(self.code.value, self.message, {**self.details, "suggested_action": self.advice})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.code, self.message, self.details))
 
 
 def _rebuild(code: ErrorCode, message: str, details: dict[str, Any]) -> ArrieroError:
-    return ArrieroError(code, message, **details)
+    error = ArrieroError(code, message)
+    # Not as arguments: what comes from elsewhere may be called as one of ours.
+    error.details = dict(details)
+    return error
 
 
 def from_body(body: ErrorBody) -> ArrieroError:
@@ -267,8 +285,8 @@ def from_body(body: ErrorBody) -> ArrieroError:
     try:
         code = ErrorCode(body.code)
     except ValueError:
-        return ArrieroError(ErrorCode.INTERNAL_ERROR, f"{body.code}: {body.message}", **body.details)
-    return ArrieroError(code, body.message, **body.details)
+        return _rebuild(ErrorCode.INTERNAL_ERROR, f"{body.code}: {body.message}", body.details)
+    return _rebuild(code, body.message, body.details)
 
 
 def fail(code: ErrorCode, message: str = "", **details: Any) -> NoReturn:

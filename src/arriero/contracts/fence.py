@@ -5,6 +5,7 @@ a smaller number than the newest comes from before a cut: it is refused, and wha
 """
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -40,6 +41,12 @@ class Fence(msgspec.Struct, frozen=True):
                 param=FENCE_HEADER,
             )
         return cls(found[1], int(found[2]))
+
+
+def number_in(details: Mapping[str, object]) -> int:
+    """Return the number that a refusal tells in its details; 0 if it tells none, whatever stands there."""
+    number = details.get("number")
+    return number if isinstance(number, int) and 0 < number <= FENCE_NUMBER_MAX else 0
 
 
 def holder_id(random_hex: str) -> str:

@@ -49,10 +49,15 @@ def sha256(text: str) -> str:
 
     Raises INVALID_MODEL_PATH: a checksum is told where a file is described.
     """
-    if re.search(_SHA256, text) is None:
+    if not is_sha256(text):
         shown = text[:80].encode("utf-8", "backslashreplace").decode()
         fail(ErrorCode.INVALID_MODEL_PATH, f"{shown!r} is no SHA-256 checksum", name=shown)
     return text
+
+
+def is_sha256(text: str) -> bool:
+    """Return whether `text` is a SHA-256 checksum, 64 lower-case hexadecimal digits."""
+    return re.search(_SHA256, text) is not None
 
 
 def is_model_id(text: str) -> bool:

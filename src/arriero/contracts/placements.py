@@ -80,6 +80,8 @@ class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
     workers: list[WorkerCandidate] = []
     nodes: list[NodeCandidate] = []
     would_evict: list[Evicted] = []
+    #: The node whose workers load or end now, and would be waited for.
+    would_wait_for: str | None = None
     #: The machine that would be woken, and what that is reckoned to cost.
     would_wake: str | None = None
     wake_cost_s: float | None = None

@@ -49,6 +49,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: Fraction of the model that is loaded, 0..1.
     load_fraction: float = 0.0
     is_embedding: bool = False
+    #: How fast it generates one answer, as its requests showed; 0: not measured yet.
+    tokens_per_s: float = 0.0
     exit: WorkerExit | None = None
 
 
@@ -82,6 +84,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     arch: str
     #: What is wrong with the machine that a person should know: sentences with what to do.
     advice: list[str] = []
+    #: The same for all agents that share a machine's memory; empty where that is not known.
+    machine_id: str = ""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +128,11 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     advice: list[str] = []
     #: Time of one round trip over the connection, 0 where none was measured.
     latency_ms: float = 0.0
+    #: How many are in its catalog, as its agent told last.
+    models: int = 0
+    machine_id: str = ""
+    #: The other nodes that are the same machine.
+    same_machine_as: list[str] = []
 
 
 class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -433,6 +442,8 @@ class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
     load_fraction: float = 0.0
     #: Seconds since the last request ended; 0 while one runs.
     idle_s: float = 0.0
+    #: How fast it generates one answer, as its requests showed; 0: not measured yet.
+    tokens_per_s: float = 0.0
     is_embedding: bool = False
     engine_pid: int | None = None
     exit: WorkerExit | None = None

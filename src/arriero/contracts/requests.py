@@ -65,6 +65,16 @@ LabelValue = Annotated[str, msgspec.Meta(pattern=LABEL_VALUE.pattern)]
 Labels = Annotated[dict[Label, LabelValue], msgspec.Meta(max_length=32)]
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a request may be computed: the object `arriero` in the body of an OpenAI route."""
+
+    node: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    #: Only on nodes that have all of these.
+    labels: Labels = {}
+
+
 class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/tasks` of the orchestrator; without `model` it takes the setting `default_model`."""
 
@@ -77,7 +87,7 @@ class TaskBody(InferenceBody, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`POST /v1/workers` of an agent (and, through it, of the orchestrator)."""
+    """`POST /v1/workers` of an agent."""
 
     model_ref: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     backend: str | None = None
@@ -92,8 +102,16 @@ class SpawnBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     bound: bool = False
 
 
+class SpawnOnNode(SpawnBody, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`POST /v1/workers` of the orchestrator: the agent's body, and where."""
+
+    node: str | None = None
+    #: Only on nodes that have all of these.
+    labels: Labels = {}
+
+
 class PeerSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Another agent that may have a model.  The token is secret."""
+    """Another agent that may have a model.  The token is secret, and reads its models alone (`peers`)."""
 
     url: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     token: str = ""

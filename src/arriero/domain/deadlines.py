@@ -3,6 +3,9 @@
 The client sets the remaining milliseconds once (`X-Request-Deadline`, or the body's `timeout`);
 each hop passes on what is left less a margin.  So the engine's request is closed first, then the
 worker answers, then the orchestrator, and the client hears a proper REQUEST_TIMEOUT.
+
+The margin is for the inner one's work to stop; the way there and back has no limit that is known.
+So whoever has passed the work on waits for the word of it a while beyond its own deadline.
 """
 
 from typing import Final
@@ -10,6 +13,9 @@ from typing import Final
 MARGIN_FRACTION: Final = 0.02
 MARGIN_MIN_MS: Final = 20.0
 MARGIN_MAX_MS: Final = 250.0
+#: How long the word of the next hop is waited for when it is due: ways of some hundred ms, machines
+#: that are busy.  Less than what a command waits for the orchestrator in its turn.
+WORD_MS: Final = 1000.0
 REMAINING_MS_MAX: Final = 86_400_000.0
 
 

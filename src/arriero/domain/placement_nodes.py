@@ -7,9 +7,9 @@ asks (`candidates`), the reasons are put into words.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
-from arriero.contracts.errors import ErrorCode
+from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.records import DeviceRecord
 from arriero.contracts.states import NodeState
 from arriero.domain.engine_builds import install_command
@@ -284,7 +284,7 @@ def _unfit(node: NodeView, wants: Wants, facts: ModelFacts) -> Refused | None:
         assert facts.disk_mb is not None and node.disk_free_mb is not None
         return (
             ErrorCode.INSUFFICIENT_DISK,
-            f"has {gib(node.disk_free_mb)} GiB of disk free, fetching the model takes {gib(facts.disk_mb)}",
+            f"has {gib(node.disk_free_mb)} GiB of disk free, fetching it takes {gib(facts.disk_mb)} GiB",
         )
     return None
 
@@ -338,6 +338,19 @@ def _message(node: NodeView, wants: Wants, needed_mb: int | None) -> str:
     if needed_mb is None:
         return f"{free}: chosen"
     return f"{free}, the model needs {gib(needed_mb)} GiB: chosen"
+
+
+def refuse(choice: NodeChoice, wants: Wants) -> NoReturn:
+    """Raise why no node was chosen; where only one could be, its advice bears that one's name."""
+    refused = {refusal.candidate: refusal.why for refusal in choice.refused}
+    details = {"node": choice.refused[0].candidate} if len(refused) == 1 else {}
+    fail(
+        choice.code or ErrorCode.NO_CAPACITY,
+        choice.message,
+        model_ref=wants.model_ref,
+        refused=refused,
+        **details,
+    )
 
 
 def _none(known: list[NodeView], wants: Wants, needed_mb: int | None, facts: ModelFacts) -> NodeChoice:

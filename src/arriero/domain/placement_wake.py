@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Final
 
 import msgspec
 
+from arriero.contracts.errors import ErrorCode
 from arriero.contracts.records import DeviceRecord
 from arriero.contracts.states import NodeState
 from arriero.domain.placement_nodes import NO_FACTS, NodeView, unfit
 from arriero.domain.placement_wants import ModelFacts, Wants
+
+#: Whoever answers with anything else is awake: another version, another host key, a login that fails.
+_MAY_SLEEP: Final = frozenset({None, ErrorCode.NODE_UNREACHABLE})
 
 
 def choose_sleeper(
@@ -22,7 +27,7 @@ def choose_sleeper(
     """
     best: tuple[tuple[object, ...], NodeView] | None = None
     for node in nodes:
-        if node.state is not NodeState.UNREACHABLE or not node.mac:
+        if node.state is not NodeState.UNREACHABLE or not node.mac or node.error_code not in _MAY_SLEEP:
             continue
         awake = as_if_awake(node)
         is_unknown = not node.devices

@@ -6,7 +6,7 @@ or a terminal could take for something else.
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, Protocol, TypeAlias
@@ -59,12 +59,9 @@ class NodeAddress:
     install_path: str = INSTALL_PATH
 
     def __post_init__(self) -> None:
-        if not (_is_ipv6(self.host) or (_HOST.fullmatch(self.host) and ".." not in self.host)):
-            _refuse(self.host, "the host is no name and no IP address")
-        if self.user is not None and not _USER.fullmatch(self.user):
-            _refuse(self.user, "the user is no plain name")
-        if self.port is not None and not 1 <= self.port <= 65535:
-            _refuse(str(self.port), "the port is not from 1 to 65535")
+        problem = _problem(self.host, self.port, self.user)
+        if problem:
+            _refuse(str(self), problem)
         key_path = self.key_path
         if key_path is not None and not (
             0 < len(key_path) <= KEY_PATH_LENGTH_MAX and key_path.isprintable() and key_path[0] in "/~."
@@ -109,13 +106,30 @@ class NodeAddress:
         if found is None:
             _refuse(text, "unknown form (an IPv6 address needs its brackets)")
         port = found["port"]
-        if port is not None and not _PORT.fullmatch(port):
-            _refuse(text, "the port is no number")
         bracketed = found["bracketed"]
+        if port is not None and not _PORT.fullmatch(port):
+            is_bare = bracketed is None and _is_ipv6(f"{found['host']}:{port}")
+            _refuse(text, "an IPv6 address needs its brackets" if is_bare else "the port is no number")
         if bracketed is not None and not _is_ipv6(bracketed):
             _refuse(text, "no IPv6 address between the brackets")
         host = bracketed if bracketed is not None else found["host"]
-        return cls(host, None if port is None else int(port), found["user"], key_path, host_key, install_path)
+        number = None if port is None else int(port)
+        problem = _problem(host, number, found["user"])
+        if problem:
+            # The whole of it, as it was given.
+            _refuse(text, problem)
+        return cls(host, number, found["user"], key_path, host_key, install_path)
+
+
+def _problem(host: str, port: int | None, user: str | None) -> str:
+    """Return why there is no such address; empty if there may be."""
+    if not (_is_ipv6(host) or (_HOST.fullmatch(host) and ".." not in host)):
+        return "the host is no name and no IP address"
+    if user is not None and not _USER.fullmatch(user):
+        return "the user is no plain name"
+    if port is not None and not 1 <= port <= 65535:
+        return "the port is not from 1 to 65535"
+    return ""
 
 
 def _is_ipv6(text: str) -> bool:
@@ -195,8 +209,11 @@ class Connection(Protocol):
         timeout_s: float,
         may_fail: bool = False,
         output_bytes_max: int = OUTPUT_BYTES_MAX,
+        on_line: Callable[[bytes], None] | None = None,
     ) -> Completed:
         """Run a program there, without a terminal, and wait until it has ended.
+
+        `on_line` hears each line of its standard output as it comes, without the line's end.
 
         What is secret goes through `stdin`: everybody on a machine can read arguments and, often,
         environments.  Raises SSH_COMMAND_FAILED (exit code and the end of its errors in the details) if
@@ -205,8 +222,13 @@ class Connection(Protocol):
         """
         ...
 
-    async def put(self, content: bytes | Path, remote_path: str, *, mode: int) -> None:
+    async def put(
+        self, content: bytes | Path, remote_path: str, *, mode: int,
+        on_sent: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Write a file there: whole, under its name at once, or not at all.  Its folder must be there.
+
+        `on_sent` hears, piece by piece, how many bytes of it are there.
 
         Raises SSH_COMMAND_FAILED, INSUFFICIENT_DISK.
         """

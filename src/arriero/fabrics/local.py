@@ -5,7 +5,7 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +60,7 @@ class LocalConnection:
         timeout_s: float,
         may_fail: bool = False,
         output_bytes_max: int = OUTPUT_BYTES_MAX,
+        on_line: Callable[[bytes], None] | None = None,
     ) -> Completed:
         """Run a program, see `Connection.run`."""
         self._check_open()
@@ -68,7 +69,7 @@ class LocalConnection:
             async with asyncio.timeout(timeout_s):
                 process = await self._spawn(argv)
                 async with _ended_with_us(process):
-                    completed = await _collected(process, stdin, output_bytes_max)
+                    completed = await _collected(process, stdin, Kept(output_bytes_max, on_line=on_line))
         except TimeoutError as error:
             raise not_ended(MACHINE, argv, timeout_s) from error
         return checked(MACHINE, argv, completed, may_fail=may_fail)
@@ -92,12 +93,18 @@ class LocalConnection:
                 stderr=error.strerror or "",
             ) from error
 
-    async def put(self, content: bytes | Path, remote_path: str, *, mode: int) -> None:
+    async def put(
+        self, content: bytes | Path, remote_path: str, *, mode: int,
+        on_sent: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Write a file, see `Connection.put`."""
         self._check_open()
-        await asyncio.to_thread(self._put, content, self._home / remote_path, mode)
+        size_bytes = await asyncio.to_thread(self._put, content, self._home / remote_path, mode)
+        if on_sent is not None:
+            # From disk to disk it is there in a moment: one piece.
+            on_sent(size_bytes)
 
-    def _put(self, content: bytes | Path, path: Path, mode: int) -> None:
+    def _put(self, content: bytes | Path, path: Path, mode: int) -> int:
         temporary = path.with_name(f".{path.name[:200]}.{self._entropy.hex(12)}.part")
         try:
             with temporary.open("xb") as file:
@@ -110,6 +117,7 @@ class LocalConnection:
                 file.flush()
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
+                size_bytes = file.tell()
             temporary.rename(path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -119,6 +127,7 @@ class LocalConnection:
                 ErrorCode.INSUFFICIENT_DISK if is_full else ErrorCode.SSH_COMMAND_FAILED,
                 f"{path.name} could not be written on {MACHINE}: {error.strerror}",
             ) from error
+        return size_bytes
 
     async def read(self, remote_path: str, *, bytes_max: int) -> bytes:
         """Return a file's content, see `Connection.read`."""
@@ -180,10 +189,9 @@ class LocalConnection:
             raise ArrieroError(ErrorCode.NODE_UNREACHABLE, f"the connection to {MACHINE} is gone: closed")
 
 
-async def _collected(process: asyncio.subprocess.Process, stdin: bytes, output_bytes_max: int) -> Completed:
+async def _collected(process: asyncio.subprocess.Process, stdin: bytes, stdout: Kept) -> Completed:
     assert process.stdout is not None and process.stderr is not None
-    stdout = Kept(output_bytes_max)
-    stderr = Kept(output_bytes_max, is_end=True)
+    stderr = Kept(stdout.bytes_max, is_end=True)
     async with asyncio.TaskGroup() as group:
         group.create_task(_feed(process, stdin), name="local-stdin")
         group.create_task(_keep(process.stdout, stdout), name="local-stdout")

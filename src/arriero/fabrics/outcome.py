@@ -1,6 +1,6 @@
 """What is kept, and told, of a command that was run?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -8,27 +8,38 @@ from arriero.fabrics.base import Completed
 
 #: So much of the end of a command's errors goes into ours.
 TOLD_BYTES_MAX: Final = 2000
+#: A line that is told as it comes is cut after so much.
+LINE_BYTES_MAX: Final = 4096
 
 
 class Kept:
     """A stream's beginning, or its end, of bounded size."""
 
-    def __init__(self, bytes_max: int, *, is_end: bool = False) -> None:
-        self._bytes_max = bytes_max
+    def __init__(
+        self, bytes_max: int, *, is_end: bool = False, on_line: Callable[[bytes], None] | None = None
+    ) -> None:
+        self.bytes_max = bytes_max
         self._is_end = is_end
+        self._on_line = on_line
+        self._line = b""
         self._content = bytearray()
         self.is_cut = False
 
     def feed(self, chunk: bytes) -> None:
         """Take what came next."""
+        if self._on_line is not None:
+            *lines, rest = (self._line + chunk).split(b"\n")
+            self._line = rest[:LINE_BYTES_MAX]
+            for line in lines:
+                self._on_line(line[:LINE_BYTES_MAX])
         if self._is_end:
             self._content += chunk
-            excess = len(self._content) - self._bytes_max
+            excess = len(self._content) - self.bytes_max
             if excess > 0:
                 del self._content[:excess]
                 self.is_cut = True
             return
-        room = self._bytes_max - len(self._content)
+        room = self.bytes_max - len(self._content)
         self._content += chunk[:room]
         self.is_cut = self.is_cut or len(chunk) > room
 

@@ -50,6 +50,7 @@ class Splices:
         self._servers: dict[Path, asyncio.Server] = {}
         self._opening = asyncio.Lock()
         self._served: set[asyncio.Task[None]] = set()
+        self._is_over = False
 
     async def port(self, path: Path) -> int:
         """Return the port that leads to a socket; the same one each time it is asked for."""
@@ -72,7 +73,8 @@ class Splices:
             server.close()
 
     async def aclose(self) -> None:
-        """End all ports and what goes through them.  Safe to call twice."""
+        """End all ports and what goes through them; what comes later is closed.  Safe to call twice."""
+        self._is_over = True
         for path in list(self._servers):
             self.shut(path)
         for task in self._served:
@@ -82,6 +84,10 @@ class Splices:
 
     async def serve(self, end: LocalEnd, reader: Incoming, writer: Outgoing) -> None:
         """Carry what comes through one connection to an end here and back, until one side is gone."""
+        if self._is_over:
+            # It came while all was ended: nobody would end it any more.
+            writer.close()
+            return
         task = asyncio.current_task()
         assert task is not None
         self._served.add(task)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shlex
 import stat
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from arriero.runtime.entropy import Entropy
 
 CONNECT_TIMEOUT_S: Final = 10.0
 ATTEMPTS: Final = 3
+#: What names another key, for advice.
+KEY_OPTION: Final = "--key FILE"
 #: 0 to 200, then 0 to 400 ms.
 RETRY_BASE_S: Final = 0.2
 
@@ -90,16 +93,24 @@ def check_key_file(key_path: str) -> None:
             ErrorCode.SSH_KEY_UNUSABLE,
             f"the key {key_path} cannot be read: {why}",
             key_path=key_path,
-            suggested_action="give the path of a private key, or none to use those of ssh-agent and ~/.ssh",
+            option=KEY_OPTION,
+            suggested_action=f"name a private key with {KEY_OPTION}, or none to use those of ssh-agent "
+            "and ~/.ssh",
         )
     if not is_file:
-        fail(ErrorCode.SSH_KEY_UNUSABLE, f"the key {key_path} is no regular file", key_path=key_path)
+        fail(
+            ErrorCode.SSH_KEY_UNUSABLE,
+            f"the key {key_path} is no regular file",
+            key_path=key_path,
+            option=KEY_OPTION,
+            suggested_action=f"name the file of a private key with {KEY_OPTION}",
+        )
     if found.st_mode & 0o077:
         fail(
             ErrorCode.SSH_KEY_UNUSABLE,
             f"the key {key_path} can be read by others (mode {stat.S_IMODE(found.st_mode):03o}, at most 600)",
             key_path=key_path,
-            suggested_action=f"chmod 600 {key_path}",
+            suggested_action=f"chmod 600 {shlex.quote(str(path))}",
         )
 
 

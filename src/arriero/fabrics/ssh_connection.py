@@ -6,7 +6,7 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -123,6 +123,7 @@ class SshConnection:
         timeout_s: float,
         may_fail: bool = False,
         output_bytes_max: int = OUTPUT_BYTES_MAX,
+        on_line: Callable[[bytes], None] | None = None,
     ) -> Completed:
         """Run a program there, see `Connection.run`."""
         line = command_line(argv)
@@ -130,7 +131,7 @@ class SshConnection:
             async with asyncio.timeout(timeout_s), self._sessions:
                 with self._told(f"{argv[0]} could not be started"):
                     process = await self._connection.create_process(line, encoding=None)
-                command = _Command(process, output_bytes_max)
+                command = _Command(process, Kept(output_bytes_max, on_line=on_line))
                 async with self._ended_with_us(command):
                     completed = await command.completed(stdin)
         except TimeoutError as error:
@@ -165,7 +166,10 @@ class SshConnection:
 
     # --- Files ---------------------------------------------------------------------------
 
-    async def put(self, content: bytes | Path, remote_path: str, *, mode: int) -> None:
+    async def put(
+        self, content: bytes | Path, remote_path: str, *, mode: int,
+        on_sent: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Write a file there, see `Connection.put`."""
         folder, name = posixpath.split(remote_path)
         temporary = posixpath.join(folder, f".{name[:200]}.{self._entropy.hex(12)}.part")
@@ -175,6 +179,8 @@ class SshConnection:
                     async for piece in _pieces(content):
                         async with asyncio.timeout(STALL_S):
                             await file.write(piece)
+                        if on_sent is not None:
+                            on_sent(await file.tell())
                     async with asyncio.timeout(STALL_S):
                         await file.chmod(mode)
                         # Where the server cannot sync, the rename has to do.
@@ -406,14 +412,14 @@ class SshConnection:
 class _Command:
     """A command that runs there."""
 
-    def __init__(self, process: asyncssh.SSHClientProcess[bytes], output_bytes_max: int) -> None:
+    def __init__(self, process: asyncssh.SSHClientProcess[bytes], stdout: Kept) -> None:
         self.process = process
         #: Of its process group; None until it has started.
         self.pid: int | None = None
         #: The end of what was said before it started.
         self.before = b""
-        self._stdout = Kept(output_bytes_max)
-        self._stderr = Kept(output_bytes_max, is_end=True)
+        self._stdout = stdout
+        self._stderr = Kept(stdout.bytes_max, is_end=True)
 
     async def completed(self, stdin: bytes) -> Completed | None:
         """Return what it left; None if the connection was lost first."""

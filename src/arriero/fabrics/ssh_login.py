@@ -10,6 +10,7 @@ import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
 from arriero.fabrics.ssh_key_first import show_key_first
 from arriero.runtime.entropy import Entropy
@@ -239,6 +240,7 @@ def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) ->
         "address": str(address),
         "fingerprint": presented.fingerprint,
         "key_type": presented.key_type,
+        "option": f"--accept-host-key {presented.fingerprint}",
     }
     if is_changed:
         return ArrieroError(
@@ -246,15 +248,17 @@ def _unknown(address: NodeAddress, presented: Presented, *, is_changed: bool) ->
             f"the host key of {address} has CHANGED: it shows {shown}, another one is known. Somebody may be "
             "listening in, or the machine was installed anew",
             **details,
-            suggested_action="ask whoever runs the machine; if the key is right, remove the old one "
-            f"(`ssh-keygen -R`) and give --accept-host-key {presented.fingerprint}",
+            suggested_action="ask whoever runs the machine; if the key is right, accept it with "
+            f"{details['option']}",
         )
+    compare = f"ssh-keygen -lf /etc/ssh/ssh_host_{presented.short_type}_key.pub"
     return ArrieroError(
         ErrorCode.SSH_HOST_KEY_UNKNOWN,
         f"the host key of {address} is not known: it shows {shown}",
         **details,
-        suggested_action="compare the fingerprint with what `ssh-keygen -lf /etc/ssh/ssh_host_"
-        f"{presented.short_type}_key.pub` prints there, then give --accept-host-key {presented.fingerprint}",
+        compare=compare,
+        suggested_action=f"compare the fingerprint with what `{compare}` prints there, then accept it with "
+        f"{details['option']}",
     )
 
 
@@ -289,15 +293,22 @@ def _explained(address: NodeAddress, error: Exception) -> ArrieroError:
             ErrorCode.SSH_AUTH_FAILED,
             f"{address} refused the login: {reason}",
             address=str(address),
-            suggested_action="check the user name, give the key with --key, and see that its public half "
-            "stands in ~/.ssh/authorized_keys there",
+            option=KEY_OPTION,
+            suggested_action=f"check the user name, name the key with {KEY_OPTION}, and see that its public "
+            "half stands in ~/.ssh/authorized_keys there",
         )
     if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError):
+        which = f"the key {address.key_path}" if address.key_path else f"a private key for {address}"
+        if isinstance(error, asyncssh.KeyEncryptionError) or "assphrase" in reason:
+            advice = "put a key with a passphrase into ssh-agent (`ssh-add FILE`) and give no --key"
+        else:
+            advice = f"name a private key with {KEY_OPTION}: not its public half, and none of another program"
         return ArrieroError(
             ErrorCode.SSH_KEY_UNUSABLE,
-            f"a private key for {address} cannot be used: {reason}",
+            f"{which} cannot be used: {reason}",
             address=str(address),
-            suggested_action="put a key with a passphrase into ssh-agent (`ssh-add`) and give no --key",
+            option=KEY_OPTION,
+            suggested_action=advice,
         )
     if isinstance(error, asyncssh.ConfigParseError):
         return ArrieroError(ErrorCode.INVALID_SETTINGS, f"~/.ssh/config cannot be read: {reason}")

@@ -6,6 +6,7 @@ node or no trace, and says which.
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
@@ -23,8 +24,14 @@ from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
-from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import address_of, ask_capabilities, connected, read_run_record
+from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
+from arriero.orchestrator.reach import (
+    address_of,
+    ask_capabilities,
+    connected,
+    reached_again,
+    read_run_record,
+)
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
@@ -35,6 +42,8 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
+#: Of that, so long for a machine to be reached again: its sshd may be starting anew.
+REACHED_AGAIN_S: Final = 20.0
 #: Whether ports of a machine can be spoken to does not depend on which.
 ANY_PORT: Final = 9
 
@@ -82,8 +91,10 @@ class Underway:
         except TimeoutError as error:
             raise ArrieroError(
                 ErrorCode.INVALID_REQUEST,
-                f"{name} is being {self._names.get(name, 'changed')} already: wait for its end",
+                f"{name} is being {self._names.get(name, 'changed')} already, for more than "
+                f"{ROLLBACK_TIMEOUT_S:g} s by now",
                 node=name,
+                suggested_action="give the same command again once that has ended",
             ) from error
         self._names[name] = what
         try:
@@ -209,8 +220,8 @@ class Adding:
                     ErrorCode.NODE_ALREADY_EXISTS,
                     f"{entry.ssh} with its {entry.install_path} is in the pool already, as {node.name}",
                     node=node.name,
-                    suggested_action=f"`arriero nodes update {node.name} --ssh {entry.ssh}` has it "
-                    "reached by this address",
+                    suggested_action=f"`arriero nodes update {node.name} --ssh {shlex.quote(entry.ssh)}` "
+                    "has it reached by this address",
                 )
         return True
 
@@ -243,7 +254,9 @@ class Adding:
                 if self._registry.find(name) is not None:
                     await self._membership.forget(name)
                 # A connection of its own: the other one may be what failed.
-                connection = await self._fabric.connect(address_of(entry))
+                connection = await reached_again(
+                    self._fabric, address_of(entry), self._clock, patience_s=REACHED_AGAIN_S
+                )
                 try:
                     await self._undo(begun, connection, tell)
                 finally:
@@ -276,6 +289,9 @@ class Adding:
                 actor=entry.name,
             )
         )
+        if same := self._registry.on_machine(capabilities.machine_id):
+            message = shared_memory([node.name for node in same])
+            tell(NodeStep(step="health", message=message, actor=entry.name))
         if self._registry.find(entry.name) is not None:
             fail(ErrorCode.NODE_ALREADY_EXISTS, f"a node is called {entry.name!r} by now", node=entry.name)
         node = await self._membership.register(msgspec.structs.replace(entry, capabilities=capabilities))

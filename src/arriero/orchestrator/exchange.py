@@ -83,9 +83,11 @@ class Exchange:
         self.is_gone = False
 
     def next_hop_ms(self) -> float | None:
-        """Return the milliseconds that the next hop is given."""
+        """Return the milliseconds that the next hop is given; from now on its word is waited for."""
         if self._deadline_s is None:
             return None
+        if self._timer is not None and self._aborted is None and not self.is_gone:
+            self._timer.reschedule(self._deadline_s + deadlines.WORD_MS / 1000)
         return deadlines.for_next_hop(max((self._deadline_s - self._loop.time()) * 1000, 1.0))
 
     def abort(self, error: ArrieroError) -> None:

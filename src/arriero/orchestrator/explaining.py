@@ -8,10 +8,11 @@ from arriero.contracts.placements import (
     WorkerCandidate,
 )
 from arriero.domain.placement import Candidate, Refusal, Wants, WorkerView, choose_worker, gib
+from arriero.domain.placement_decision import Decision, Evict, Hold, Wake
 from arriero.domain.placement_eviction import Eviction, Stage
 from arriero.domain.placement_wants import count
 from arriero.domain.placement_workers import chosen, worker_rank, worker_refusal
-from arriero.orchestrator.room import Foreseen, RoomFinder
+from arriero.orchestrator.room import RoomFinder
 from arriero.orchestrator.views import PoolViews
 
 
@@ -26,35 +27,39 @@ def explain(views: PoolViews, room: RoomFinder, wants: Wants) -> PlacementExplai
     choice = foreseen.choice
     is_new = worker.worker_id is None
     needed = foreseen.needed
-    wakes = views.node(foreseen.sleeper) if foreseen.sleeper is not None and is_new else None
+    then = foreseen.decision if is_new else None
+    wakes = then.node if isinstance(then, Wake) else None
     return PlacementExplained(
         model_ref=wants.model_ref,
         worker_id=worker.worker_id,
         node=choice.node if is_new else None,
         code=choice.code.value if is_new and choice.code is not None else None,
-        message=f"{worker.message}; {choice.message}{_then(foreseen)}" if is_new else worker.message,
+        message=f"{worker.message}; {choice.message}{_then(views, then)}" if is_new else worker.message,
         refused_workers=[_refused(refusal) for refusal in worker.refused],
         refused_nodes=[_refused(refusal) for refusal in choice.refused] if is_new else [],
         needed_mb=needed.full_mb if needed is not None else None,
         needed_least_mb=needed.least_mb if needed is not None else None,
         workers=_workers(known, wants),
         nodes=[_node(views, candidate) for candidate in foreseen.candidates],
-        would_evict=_evicted(views, foreseen.eviction) if is_new and foreseen.eviction is not None else [],
+        would_evict=_evicted(views, then.plan) if isinstance(then, Evict) else [],
+        would_wait_for=then.plan.node if isinstance(then, Hold) else None,
         would_wake=wakes.name if wakes is not None else None,
         wake_cost_s=wakes.wake_cost_s if wakes is not None else None,
     )
 
 
-def _then(foreseen: Foreseen) -> str:
-    plan = foreseen.eviction
-    if plan is not None:
-        wait = "once nothing computes there, " if foreseen.waits else ""
+def _then(views: PoolViews, then: Decision) -> str:
+    if isinstance(then, Evict):
+        plan = then.plan
+        wait = "once nothing computes there, " if any(each.is_busy for each in _evicted(views, plan)) else ""
         return (
             f"; {wait}{count(len(plan.worker_ids), 'worker')} on {plan.node} would be stopped, "
             f"which frees {gib(plan.freed_mb)} GiB"
         )
-    if foreseen.sleeper is not None:
-        return f"; {foreseen.sleeper} would be woken"
+    if isinstance(then, Hold):
+        return f"; workers on {then.plan.node} that load or end would be waited for"
+    if isinstance(then, Wake):
+        return f"; {then.node.name} would be woken"
     return ""
 
 
@@ -94,7 +99,7 @@ def _node(views: PoolViews, candidate: Candidate) -> NodeCandidate:
         status=str(view.state),
         rank=candidate.rank,
         device=room.device if room is not None else "",
-        free_mb=room.free_mb if room is not None else None,
+        free_mb=max(room.free_mb, 0) if room is not None else None,
         promised_mb=room.promised_mb if room is not None else 0,
         disk_free_mb=view.disk_free_mb,
         has_model=candidate.has_model,

@@ -12,6 +12,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentEvent, AgentSnapshot, WorkerChanged
+from arriero.contracts.fence import number_in
 from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain import backoff
@@ -97,6 +98,7 @@ class NodeLink:
         self._log = logs.get("arriero.nodes")
         self._node: Node | None = registry.find(name) if name is not None else None
         self._last_heard_s = clock.monotonic_s()
+        self._was_held = False
         self._error: ArrieroError | None = None
 
     async def run(self) -> None:
@@ -129,8 +131,8 @@ class NodeLink:
                     await self._clock.sleep_s(LOOK_EVERY_S)
                     continue
                 self._error = error
-                if error.code is ErrorCode.LEASE_SUPERSEDED:
-                    await self._reach.drop(above=int(error.details.get("number", 0)))
+                if error.code is ErrorCode.LEASE_SUPERSEDED and not self._is_pushed_aside(error):
+                    await self._reach.drop(above=number_in(error.details))
                 attempt = 1 if self._last_heard_s > started_s else attempt + 1
                 if error.message != told:
                     self._log.warning(
@@ -139,12 +141,21 @@ class NodeLink:
                     told = error.message
                 if error.code in _LASTING and self._node is not None:
                     self._registry.unreachable(self._node, error)
-                    await self._clock.sleep_s(LASTING_RETRY_S)
+                    # A holder that is silent may be about to be gone.
+                    await self._clock.sleep_s(RETRY_S_MAX if _silent_s(error) else LASTING_RETRY_S)
                     continue
                 delay_s = backoff.delay_s(attempt, self._entropy.chance(), cap_s=RETRY_S_MAX)
                 await self._clock.sleep_s(max(delay_s, 0.02))
         finally:
             await self._reach.drop()
+
+    def _is_pushed_aside(self, error: ArrieroError) -> bool:
+        """Return whether somebody holds it now who took it from us.
+
+        It may be one with our own id, from a copy of our database: taking the node back at once, the two
+        would cancel each other's streams for ever.  The old number is asked with until that one is silent.
+        """
+        return self._was_held and _silent_s(error) == 0
 
     async def _hold_once(self) -> None:
         line = await self._reach.line()
@@ -245,6 +256,7 @@ class NodeLink:
             why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
             self._registry.unreachable(self._node, why)
         self._node = node
+        self._was_held = True
         self._error = None
         with contextlib.suppress(ArrieroError):
             started_s = self._clock.monotonic_s()
@@ -301,3 +313,9 @@ def _speaker(data: str, record: RunRecord) -> Capabilities:
         name=speaker.name, version=speaker.version or record.version, api_version=0, backends=[], devices=[],
         engines={}, ram_mb=0, ram_free_mb=0, disk_free_mb=0, cpu_cores=0, os="", arch="",
     )  # fmt: skip
+
+
+def _silent_s(error: ArrieroError) -> float:
+    """Return for how long, as a refusal tells, the holder has been silent; 0: it is not, or nobody tells."""
+    told = error.details.get("silent_s")
+    return told if isinstance(told, int | float) and told > 0 else 0.0

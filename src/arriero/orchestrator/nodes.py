@@ -6,7 +6,7 @@ there are besides this one is kept on disk (`store.nodes`).
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +35,7 @@ from arriero.contracts.records import (
 )
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.download_states import DOWNLOADS
+from arriero.domain.node_names import free_name
 from arriero.domain.node_states import NODES
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.domain.workers import WorkerRegistry
@@ -71,6 +72,8 @@ class Node:
     #: Why it does not answer, while it does not.
     error: ErrorBody | None = None
     latency_ms: float = 0.0
+    #: Names of the nodes that are the same machine.
+    same_machine_as: list[str] = field(default_factory=list)
     #: It takes no new work for as long as something is done to it.
     is_paused: bool = False
     downloads: dict[str, DownloadRecord] = field(default_factory=dict)
@@ -125,9 +128,30 @@ class Node:
             is_drained=entry.is_drained,
             lease=self.line.lease if self.line is not None else 0,
             error=self.error,
-            advice=has.advice,
+            advice=[*has.advice, *self._advice()],
             latency_ms=self.latency_ms,
+            models=len(self.models),
+            machine_id=has.machine_id,
+            same_machine_as=self.same_machine_as,
         )
+
+    def _advice(self) -> list[str]:
+        found = []
+        own = self.capabilities.name
+        # A registered machine is called what it was added as, whatever its agent says.
+        if not self.entry.is_remote and own != self.name:
+            found.append(
+                f"this machine's agent is called {own}, and so is a machine that was added: it goes by "
+                f"{self.name} until the setting node_name gives it a name of its own and it is restarted"
+            )
+        if self.same_machine_as:
+            found.append(shared_memory(self.same_machine_as))
+        return found
+
+
+def shared_memory(others: Sequence[str]) -> str:
+    """Return what a person should know of nodes that are one machine."""
+    return f"this is the same machine as {', '.join(others)}: its memory is shared"
 
 
 class NodeRegistry:
@@ -225,8 +249,22 @@ class NodeRegistry:
 
     def unfit(self, has: Capabilities) -> Node:
         """Take this machine, whose agent cannot be worked with: it is listed, and tells why."""
-        entry = self.local_entries.get(has.name) or NodeEntry(name=has.name, is_remote=False)
-        return self.add(msgspec.structs.replace(entry, capabilities=has))
+        node = self._local(has)
+        node.capabilities = has
+        self._tell(NodeChanged(node=node.record()))
+        return node
+
+    def _local(self, has: Capabilities) -> Node:
+        """Return this machine, under a name that is no registered machine's."""
+        for node in self._nodes.values():
+            if not node.entry.is_remote and node.capabilities.name == has.name:
+                return node
+        name = free_name(has.name, self._nodes)
+        if name != has.name:
+            self._log.warning("a registered machine has this machine's name", agent=has.name, node=name)
+        entry = self.local_entries.get(name) or NodeEntry(name=name, is_remote=False)
+        self._nodes[name] = node = Node(name, entry, has)
+        return node
 
     def changed_entry(self, entry: NodeEntry) -> Node:
         """Take what a person changed of a machine.  Raises NODE_NOT_FOUND."""
@@ -258,26 +296,30 @@ class NodeRegistry:
             self._end_unseen(record)
         self._step(node, NodeState.REMOVED)
         del self._nodes[name]
+        self._match_machines(node.capabilities.machine_id)
 
     def joined(
         self, snapshot: AgentSnapshot, line: Line, agent: RunRecord, *, name: str | None = None
     ) -> Node:
         """Take an agent's snapshot: its node is ready, and has these workers and no others.
 
-        `name`: what a registered machine is called, whatever its agent says.
+        `name`: what a registered machine is called, whatever its agent says; None: it is this machine.
+        Raises NODE_NOT_FOUND.
         """
-        name = name or snapshot.capabilities.name
-        node = self._nodes.get(name)
-        if node is None:
-            entry = self.local_entries.get(name) or NodeEntry(name=name, is_remote=False)
-            node = Node(name, entry, snapshot.capabilities)
-            self._nodes[name] = node
-        elif node.state is NodeState.UNREACHABLE:
+        if name is None:
+            node = self._local(snapshot.capabilities)
+            name = node.name
+        else:
+            node = self.node(name)
+        if node.state is NodeState.UNREACHABLE:
             self._step(node, NodeState.JOINING)
         node.line = line
         node.agent = agent
         node.error = None
+        machine_ids = {node.capabilities.machine_id, snapshot.capabilities.machine_id}
         node.capabilities = snapshot.capabilities
+        for machine_id in machine_ids:
+            self._match_machines(machine_id)
         node.last_connected_unix = self._clock.wall_s()
         before, node.downloads = (
             node.downloads,
@@ -343,12 +385,26 @@ class NodeRegistry:
 
     def unreachable(self, node: Node, error: ArrieroError) -> None:
         """Know that a node does not answer; safe to call twice."""
-        before, node.error = node.error, error.body()
+        before, node.error = node.error, reach.told_of_node(error, node.name).body()
         if node.state in (NodeState.READY, NodeState.DRAINING, NodeState.JOINING):
             self._log.warning("node unreachable", node=node.name, why=error.message)
             self._step(node, NodeState.UNREACHABLE)
         elif before is None or before.code != node.error.code:
             self._tell(NodeChanged(node=node.record()))
+
+    def on_machine(self, machine_id: str) -> list[Node]:
+        """Return the nodes that are one machine, by name; none for one that is not known."""
+        if not machine_id:
+            return []
+        return [node for node in self.nodes() if node.capabilities.machine_id == machine_id]
+
+    def _match_machines(self, machine_id: str) -> None:
+        here = self.on_machine(machine_id)
+        for node in here:
+            others = [other.name for other in here if other is not node]
+            if others != node.same_machine_as:
+                node.same_machine_as = others
+                self._tell(NodeChanged(node=node.record()))
 
     def _follow_wish(self, node: Node) -> None:
         """Take a node out of the choice, or back, as was asked for; also after it comes back."""
@@ -359,11 +415,11 @@ class NodeRegistry:
 
     def observe(self, record: WorkerRecord, token: str = "") -> None:
         """Take what an agent says of one worker."""
-        if record.worker_id in self._ended:
+        before = self.workers.find(record.worker_id)
+        if record.worker_id in self._ended or (before is not None and self._is_of_another(before, record)):
             return
         if token:
             self._tokens[record.worker_id] = token
-        before = self.workers.find(record.worker_id)
         try:
             self.workers.observe(record)
         except ArrieroError as error:
@@ -386,6 +442,22 @@ class NodeRegistry:
             )  # fmt: skip
         if before != record:
             self._tell(PoolWorkerChanged(worker=self.public(record)))
+
+    def _is_of_another(self, before: WorkerRecord, record: WorkerRecord) -> bool:
+        """Return whether a machine tells of a worker that is another's: it ends and moves none of those."""
+        if before.node == record.node:
+            return False
+        # This machine's own agent may have got another name.
+        nodes = [self._nodes[name] for name in (before.node, record.node) if name in self._nodes]
+        is_foreign = any(node.entry.is_remote for node in nodes)
+        if is_foreign:
+            self._log.error(
+                "told of another node's worker",
+                worker_id=record.worker_id,
+                node=record.node,
+                owner=before.node,
+            )
+        return is_foreign
 
     def _end_unseen(self, record: WorkerRecord) -> None:
         ended = WorkerExit(code=ErrorCode.WORKER_LOST.value, message="its agent does not know it any more")

@@ -5,7 +5,7 @@ model meanwhile shares the one job.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
@@ -17,7 +17,7 @@ from arriero.contracts.events import DownloadFrame, TaskDownloading, TaskPlacing
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
 from arriero.contracts.states import DownloadState
-from arriero.domain.placement import NodeChoice, Wants
+from arriero.domain.placement import Wants
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
@@ -117,7 +117,7 @@ class ModelProvisioner:
     ) -> None:
         self._registry = registry
         self.room = room
-        self._neighbours = Neighbours(registry)
+        self._neighbours = Neighbours(registry, group, clock)
         self._group = group
         self._clock = clock
         self._jobs: dict[JobKey, Job] = {}
@@ -156,15 +156,39 @@ class ModelProvisioner:
         """Have whoever comes now begin a new job."""
         self._jobs = {key: other for key, other in self._jobs.items() if other is not job}
 
-    async def spawn(self, body: SpawnBody, node_name: str | None) -> WorkerRecord:
-        """Start a worker as somebody asked for it.
+    async def spawn(
+        self, body: SpawnBody, node_name: str | None, labels: tuple[tuple[str, str], ...] = ()
+    ) -> WorkerRecord:
+        """Start a worker as somebody asked for it; idle workers make room where there is none.
 
-        Raises what the agent answers; MODEL_NOT_FOUND if the node does not have the model.
+        Raises why no node can take it, and what the agents answer; MODEL_NOT_FOUND if the node does not
+        have the model.
         """
         refs.parse(body.model_ref)
-        wants = Wants(body.model_ref, node_name, body.backend, body.device)
-        choice = _checked(self.room.choose(wants), wants)
-        return await self._spawn(self._registry.reachable(choice), body)
+        wants = Wants(body.model_ref, node_name, body.backend, body.device, labels=labels)
+        needed = self._registry.views.needed(
+            body.model_ref, slots=body.slots, context_tokens=body.context_tokens
+        )
+
+        async def find(open_wants: Wants, learned_mb: int | None) -> Found:
+            return await self.room.find(
+                open_wants, _unheard, needed=needed, learned_mb=learned_mb, may_wait=False
+            )
+
+        async def start(found: Found) -> WorkerRecord:
+            if found.victims and not self._registry.views.has_model(found.node, body.model_ref):
+                # It would be refused after they are gone.
+                fail(
+                    ErrorCode.MODEL_NOT_FOUND,
+                    f"{found.node} does not have {body.model_ref}",
+                    model_ref=body.model_ref,
+                    node=found.node,
+                )
+            node = self._registry.reachable(found.node)
+            await self.room.clear(found)
+            return await self._spawn_in(node, found, body)
+
+        return await self._placed(wants, _unheard, find, start)
 
     # --- A job ---------------------------------------------------------------------------
 
@@ -185,14 +209,41 @@ class ModelProvisioner:
                 del self._jobs[key]
 
     async def _provision(self, job: Job) -> WorkerRecord:
+        async def find(wants: Wants, learned_mb: int | None) -> Found:
+            job.is_waiting = True
+            try:
+                return await self.room.find(wants, job.tell, learned_mb=learned_mb)
+            finally:
+                job.is_waiting = False
+
+        async def start(found: Found) -> WorkerRecord:
+            return await self._provision_on(job, found)
+
+        return await self._placed(job.wants, job.tell, find, start)
+
+    async def _placed(
+        self,
+        wants: Wants,
+        tell: Callable[[Step], None],
+        find: Callable[[Wants, int | None], Awaitable[Found]],
+        start: Callable[[Found], Awaitable[WorkerRecord]],
+    ) -> WorkerRecord:
+        """Find a node and start the worker there, on another one if it refuses.  Raises why none took it."""
         refused: dict[str, ArrieroError] = {}
         learned: dict[str, int] = {}
+        told: ArrieroError | None = None
         while True:
-            wants = replace(job.wants, excluded=frozenset(refused))
-            found = await self._find(job, wants, max(learned.values(), default=None), refused)
-            job.tell(TaskPlacing(node=found.node, actor="orchestrator", message=found.message))
             try:
-                return await self._provision_on(job, found)
+                open_wants = replace(wants, excluded=frozenset(refused))
+                found = await find(open_wants, max(learned.values(), default=None))
+            except ArrieroError:
+                if told is not None:
+                    # What a node itself said tells more than that no node is left.
+                    raise told from None
+                raise
+            tell(TaskPlacing(node=found.node, actor="orchestrator", message=found.message))
+            try:
+                return await start(found)
             except ArrieroError as error:
                 self.room.give_up(found)
                 required_mb = error.details.get("required_mb")
@@ -204,30 +255,18 @@ class ModelProvisioner:
                 ):
                     # Our guess was too small: with what the agent reckoned, others may have to go.
                     learned[found.node] = required_mb
+                    told = told or error
                     continue
                 others = len(self._registry.nodes()) - len(refused) - 1
                 if error.code not in _TRY_ELSEWHERE or others < 1:
                     raise
                 refused[found.node] = error
+                told = told or error
                 message = f"{found.node} refused: {error.message}"
-                job.tell(TaskPlacing(node=found.node, actor="orchestrator", message=message))
+                tell(TaskPlacing(node=found.node, actor="orchestrator", message=message))
             except BaseException:
                 self.room.give_up(found)
                 raise
-
-    async def _find(
-        self, job: Job, wants: Wants, learned_mb: int | None, refused: dict[str, ArrieroError]
-    ) -> Found:
-        job.is_waiting = True
-        try:
-            return await self.room.find(wants, job.tell, learned_mb=learned_mb)
-        except ArrieroError:
-            if refused:
-                # What a node itself said tells more than that no node is left.
-                raise next(iter(refused.values())) from None
-            raise
-        finally:
-            job.is_waiting = False
 
     def _has_others(self, node: str) -> bool:
         """Return whether workers are on a node that could make room."""
@@ -246,27 +285,24 @@ class ModelProvisioner:
         finally:
             job.is_waiting = False
         # The engine and its options are the node's own settings.
-        body = SpawnBody(
-            model_ref=wants.model_ref, backend=wants.backend, device=wants.device or found.device
-        )
+        body = SpawnBody(model_ref=wants.model_ref, backend=wants.backend, device=wants.device)
         try:
-            record = await self._spawn(node, body)
+            record = await self._spawn_in(node, found, body)
         except ArrieroError as error:
             # The catalog knew it, the disk did not: fetch it again, once.
             if error.code is not ErrorCode.MODEL_NOT_FOUND or not has_model or is_local(wants.model_ref):
                 raise
             await self._download(node, job)
-            record = await self._spawn(node, body)
-        if found.movement is not None:
-            # A beat that was on its way already does not count it yet.
-            found.movement.beats_left = 2
+            record = await self._spawn_in(node, found, body)
         message = f"starts {record.worker_id} for {wants.model_ref}"
         job.tell(TaskPlacing(node=node.name, worker_id=record.worker_id, actor=node.name, message=message))
         return record
 
-    async def _spawn(self, node: Node, body: SpawnBody) -> WorkerRecord:
-        if self.binds_workers:
-            body = msgspec.structs.replace(body, bound=True)
+    async def _spawn_in(self, node: Node, found: Found, body: SpawnBody) -> WorkerRecord:
+        """Have a worker started in the room that was found for it."""
+        body = msgspec.structs.replace(
+            body, device=body.device or found.device, bound=body.bound or self.binds_workers
+        )
         record = await node.peer.call(
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
@@ -274,6 +310,9 @@ class ModelProvisioner:
         # Its event may have been quicker than this answer: then we know more already.
         if self._registry.workers.find(record.worker_id) is None:
             self._registry.observe(record)
+        if found.movement is not None:
+            # A beat that was on its way already does not count it yet.
+            found.movement.beats_left = 2
         return record
 
     async def start_download(
@@ -344,13 +383,8 @@ class ModelProvisioner:
         fail(ErrorCode.DOWNLOAD_FAILED, f"{node.name} stopped telling of the download of {model_ref}")
 
 
-def _checked(choice: NodeChoice, wants: Wants) -> str:
-    """Return the chosen node's name.  Raises why there is none."""
-    if choice.node is None:
-        refusals = {refusal.candidate: refusal.why for refusal in choice.refused}
-        code = choice.code or ErrorCode.NO_CAPACITY
-        fail(code, choice.message, model_ref=wants.model_ref, refused=refusals)
-    return choice.node
+def _unheard(_: Step) -> None:
+    """Tell nobody."""
 
 
 def _downloading(node: Node, model_ref: str, frame: DownloadFrame) -> TaskDownloading:

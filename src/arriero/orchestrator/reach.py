@@ -14,7 +14,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
-from arriero.contracts.fence import FENCE_HEADER, Fence
+from arriero.contracts.fence import FENCE_HEADER, Fence, number_in
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
 from arriero.fabrics.ssh import check_key_file
@@ -32,6 +32,8 @@ RUN_FILE_BYTES_MAX: Final = 65_536
 #: No divisor of a second: what is sent again goes between the new ones.
 ATTEMPT_EVERY_S: Final = 0.4
 ATTEMPTS_AT_ONCE: Final = 10
+#: Each end is a socket of ours: one machine must not take those of all others.
+ENDS_MAX: Final = 256
 
 
 class Line:
@@ -51,11 +53,16 @@ class Line:
     async def open(self, url: str, who: str = AGENT) -> None:
         """Have an end for the port in a daemon's `url`; `who`: a worker's id.
 
-        Raises NODE_UNREACHABLE, STATE_DIR_UNUSABLE.
+        Raises NODE_UNREACHABLE, STATE_DIR_UNUSABLE; VERSION_MISMATCH beyond `ENDS_MAX`.
         """
         port = Address.of(url, "").port
         self._at[port].add(who)
         if port not in self._ends:
+            if len(self._ends) >= ENDS_MAX:
+                fail(
+                    ErrorCode.VERSION_MISMATCH,
+                    f"its agent tells of more than {ENDS_MAX} workers: it is none of ours",
+                )
             self._ends[port] = await self.connection.forward(port)
 
     async def shut(self, url: str, who: str = AGENT) -> None:
@@ -154,7 +161,8 @@ class LocalReach:
     async def line(self) -> Line:
         """Return the one line: this machine does not go away while we live."""
         if self._line is None:
-            lease = await self._leases.next_lease(self._above)
+            above, self._above = self._above, 0
+            lease = await self._leases.next_lease(above)
             self._line = Line(self._connection, self._http, holder_id=self._leases.holder_id, lease=lease)
         return self._line
 
@@ -191,7 +199,9 @@ class SshReach:
         if self._line is None:
             connection = await self._connect()
             try:
-                lease = await self._leases.next_lease(self._above)
+                # Once: what it was told may be wrong, and later numbers are larger anyway.
+                above, self._above = self._above, 0
+                lease = await self._leases.next_lease(above)
             except BaseException:
                 await connection.aclose()
                 raise
@@ -310,13 +320,40 @@ async def ask_capabilities(
         except ArrieroError as error:
             if error.code is ErrorCode.NODE_UNREACHABLE:
                 await line.check(record.url)
-            number = error.details.get("number")
-            if error.code is not ErrorCode.LEASE_SUPERSEDED or not isinstance(number, int) or number < lease:
+            number = number_in(error.details)
+            if error.code is not ErrorCode.LEASE_SUPERSEDED or number < lease:
                 raise
             # Who held it may be gone for good, and numbers rise whoever holds: once more, with a larger one.
             above = number
         finally:
             await line.shut(record.url)
+
+
+def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
+    """Return an error with advice for a registered node: commands that bear its name."""
+    error.details.setdefault("node", name)
+    option, advice = error.details.pop("option", None), error.details.get("suggested_action")
+    if isinstance(option, str) and isinstance(advice, str):
+        # Who adds a machine gives the option there; of one that is in the pool it is changed.
+        error.details["suggested_action"] = advice.replace(option, f"`arriero nodes update {name} {option}`")
+    return error
+
+
+async def reached_again(
+    fabric: Fabric, address: NodeAddress, clock: Clock, *, patience_s: float
+) -> Connection:
+    """Connect to a machine that was there a moment ago, again and again for `patience_s`.
+
+    Raises what connecting raises.
+    """
+    deadline_s = clock.monotonic_s() + patience_s
+    while True:
+        try:
+            return await fabric.connect(address)
+        except ArrieroError as error:
+            if error.code is not ErrorCode.NODE_UNREACHABLE or clock.monotonic_s() >= deadline_s:
+                raise
+        await clock.sleep_s(ATTEMPT_EVERY_S)
 
 
 @contextlib.asynccontextmanager

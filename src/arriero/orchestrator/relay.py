@@ -4,6 +4,7 @@ The request is built anew for the worker; the answer's bytes are passed on as th
 events at a time, without being read: one send for each time something arrived.
 """
 
+from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -11,7 +12,8 @@ import msgspec
 from arriero.contracts import refs
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import TaskDownloading, TaskLoading
-from arriero.domain.placement import Wants
+from arriero.contracts.requests import Place
+from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator.courier import (
     ERROR_BYTES_MAX,
     Counters,
@@ -32,7 +34,7 @@ from arriero.orchestrator.exchange import (
 )
 from arriero.orchestrator.scheduler import Lease, Scheduler, Waiting
 from arriero.orchestrator.upstream import Lost, Silent
-from arriero.runtime import logs
+from arriero.runtime import bodies, logs
 from arriero.runtime.asgi import Headers, Receive, Scope, Send
 from arriero.runtime.clock import Clock
 
@@ -55,9 +57,8 @@ class OpenAiBody(msgspec.Struct, frozen=True):
     model: str | None = None
     stream: bool | None = None
     timeout: float | None = None
-
-
-_BODY: Final = msgspec.json.Decoder(OpenAiBody)
+    #: Workers take no notice of it: the body goes on as it came.
+    arriero: Place | None = None
 
 
 class Tries:
@@ -127,7 +128,7 @@ class Relay:
         self._counters.requests += 1
         try:
             body = await read_body(receive)
-            asked = _decode(body)
+            asked = bodies.decode(body, OpenAiBody)
             exchange = Exchange(receive, remaining_ms(scope, asked.timeout))
             call = _Call(self, scope, asked, body, exchange, outlet)
             await self._exchanges.run(exchange, call.serve)
@@ -203,7 +204,7 @@ class _Call:
         self._relay = relay
         self.path: str = scope["path"]
         self.request_id = request_id(scope)
-        self.model = asked.model
+        self._wants = _wants(asked.model, asked.arriero)
         self.is_stream = bool(asked.stream)
         self.body = body
         self.exchange = exchange
@@ -214,7 +215,9 @@ class _Call:
     async def serve(self) -> None:
         """Answer it.  Raises the error that the client is to hear."""
         while True:
-            wants = Wants(self.model, excluded=frozenset(self._tries.excluded))
+            wants = self._wants
+            if self._tries.excluded:
+                wants = replace(wants, excluded=frozenset(self._tries.excluded))
             scheduler = self._relay.scheduler
             lease = scheduler.try_lease(wants) or await scheduler.lease(wants, self._say)
             with lease:
@@ -279,17 +282,10 @@ class _Call:
             await self.outlet.comment(f"[orchestrator] {text}")
 
 
-def _decode(body: bytes) -> OpenAiBody:
-    try:
-        return _BODY.decode(body)
-    except msgspec.ValidationError as error:
-        reason, _, where = str(error).partition(" - at ")
-        field = where.strip("`$.") or None
-        raise ArrieroError(
-            ErrorCode.INVALID_REQUEST, f"{field or 'the body'}: {reason}"[:500], param=field
-        ) from error
-    except msgspec.DecodeError as error:
-        raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error
+def _wants(model: str, place: Place | None) -> Wants:
+    if place is None:
+        return Wants(model)
+    return Wants(model, place.node, place.backend, place.device, labels=labels_of(place.labels))
 
 
 def _parse_ref(model: str) -> None:

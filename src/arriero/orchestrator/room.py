@@ -6,14 +6,15 @@ node's memory has it first.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import TaskPlacing
 from arriero.contracts.states import NodeState
-from arriero.domain.placement_eviction import ANY, IDLE_ONLY, READY_ONES, Eviction, Stage, plan_eviction
+from arriero.domain.placement_decision import Decision, Evict, Fit, Hold, Wake, decide
+from arriero.domain.placement_eviction import Eviction, Stage, plan_eviction
 from arriero.domain.placement_ledger import Movement
 from arriero.domain.placement_memory import Needed
 from arriero.domain.placement_nodes import (
@@ -23,6 +24,7 @@ from arriero.domain.placement_nodes import (
     candidates,
     chosen_node,
     no_node,
+    refuse,
 )
 from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
 from arriero.domain.placement_wake import choose_sleeper
@@ -41,6 +43,9 @@ LOOK_BEHIND_S: Final = 1.0
 WAKE_AGAIN_S: Final = 10.0
 #: Requests that run on a worker which is to make room may take so long to end.
 CLOSING_S: Final = 600.0
+#: Whoever may not wait still waits so long for workers that are idle already: a moment of grace, and
+#: others who came earlier.
+IDLE_WAIT_S: Final = 5.0
 #: Beyond the agent's own grace time, until a stopped worker is known to be gone.
 STOP_EXTRA_S: Final = 10.0
 
@@ -69,12 +74,8 @@ class Foreseen:
     choice: NodeChoice
     candidates: list[Candidate]
     needed: Needed | None
-    #: What would be stopped; None: nothing, or that would not help.
-    eviction: Eviction | None = None
-    #: Whether what would be stopped computes now, and is waited for.
-    waits: bool = False
-    #: The machine that would be woken.
-    sleeper: str | None = None
+    #: What would be done; nothing of it is.
+    decision: Decision
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +97,8 @@ class RoomFinder:
 
     def __init__(self, registry: NodeRegistry, clock: Clock, settings: Settings) -> None:
         self._registry = registry
-        self._views = registry.views
+        #: What choices see of the pool.
+        self.views = registry.views
         self._clock = clock
         self._limits = limits_of(settings.starvation_s)
         self._stop_limit_s = settings.stop_grace_s + STOP_EXTRA_S
@@ -105,57 +107,50 @@ class RoomFinder:
         self._line: list[_Waiter] = []
         self._log = logs.get("arriero.placement")
 
-    def choose(self, wants: Wants) -> NodeChoice:
-        """Return which node would take a new worker now, as things are."""
-        facts, needed = self._views.facts(wants.model_ref), self._views.needed(wants.model_ref)
-        full_mb = needed.full_mb if needed is not None else None
-        for needed_mb in (full_mb,) if needed is None else (full_mb, needed.least_mb):
-            view = self._views.index.best(wants, needed_mb, facts)
-            if view is not None:
-                return chosen_node(view, wants, needed_mb)
-        return no_node(self._views.nodes(), wants, full_mb, facts)
-
     def choose_disk(self, wants: Wants) -> NodeChoice:
         """Return which node a model is fetched to, whatever its memory holds now."""
-        facts = self._views.facts(wants.model_ref)
+        facts = self.views.facts(wants.model_ref)
         # A disk is a disk, also where the engine for the accelerator is missing.
         for able in (wants, replace(wants, backend="cpu")):
-            view = self._views.index.best(able, None, facts)
+            view = self.views.index.best(able, None, facts)
             if view is not None:
                 return chosen_node(view, able, None)
-        return no_node(self._views.nodes(), wants, None, facts)
+        return no_node(self.views.nodes(), wants, None, facts)
 
     def foresee(self, wants: Wants) -> Foreseen:
         """Return what would happen to a new worker now."""
-        facts, needed = self._views.facts(wants.model_ref), self._views.needed(wants.model_ref)
-        choice = self.choose(wants)
+        facts, needed = self.views.facts(wants.model_ref), self.views.needed(wants.model_ref)
+        decision = decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
         full_mb = needed.full_mb if needed is not None else None
-        listed = candidates(self._views.nodes(), wants, full_mb, facts)
-        if choice.node is not None or needed is None:
-            sleeper = None
-            if choice.node is None:
-                sleeper = choose_sleeper(self._views.nodes(), wants, None, facts)
-            return Foreseen(choice, listed, needed, sleeper=sleeper.name if sleeper else None)
-        for needed_mb in dict.fromkeys((needed.full_mb, needed.least_mb)):
-            for stages, waits in ((IDLE_ONLY, False), (READY_ONES, True)):
-                plan = self._plan(wants, needed_mb, facts, stages)
-                if plan is not None:
-                    return Foreseen(choice, listed, needed, eviction=plan, waits=waits)
-        asleep = choose_sleeper(self._views.nodes(), wants, needed.full_mb, facts)
-        return Foreseen(choice, listed, needed, sleeper=asleep.name if asleep is not None else None)
+        if isinstance(decision, Fit):
+            choice, compared_mb = _fitting(decision, wants), decision.needed_mb
+        else:
+            choice, compared_mb = no_node(self.views.nodes(), wants, full_mb, facts), full_mb
+        listed = candidates(self.views.nodes(), wants, compared_mb, facts)
+        return Foreseen(choice, listed, needed, decision)
 
-    async def find(self, wants: Wants, tell: Tell, *, learned_mb: int | None = None) -> Found:
+    async def find(
+        self,
+        wants: Wants,
+        tell: Tell,
+        *,
+        needed: Needed | None = None,
+        learned_mb: int | None = None,
+        may_wait: bool = True,
+    ) -> Found:
         """Return a node with room, as long as it takes for others to make it.
 
-        `learned_mb`: what an agent reckoned, where our own guess was too small.  Whoever has the
-        answer uses it, or gives the reservation back.  Raises why no node can take the worker.
+        `needed`: what the worker takes, where that is not what one takes by default.  `learned_mb`: what an
+        agent reckoned, where our own guess was too small.  Unless `may_wait`, only what is idle makes
+        room, and no machine is woken.  Whoever has the answer uses it, or gives the reservation back.
+        Raises why no node can take the worker.
         """
         waiter = _Waiter(self._clock.monotonic_s())
         told = ""
         self._line.append(waiter)
         try:
             while True:
-                step = self._look(wants, waiter, learned_mb)
+                step = self._look(wants, waiter, needed=needed, learned_mb=learned_mb, may_wait=may_wait)
                 if isinstance(step, Found):
                     return step
                 if isinstance(step, NodeView):
@@ -171,79 +166,34 @@ class RoomFinder:
     def give_up(self, found: Found) -> None:
         """Take back what was reserved and closed for a worker that will not be made."""
         if found.movement is not None:
-            self._views.unreserve(found.movement)
-        self._views.stay(found.victims)
+            self.views.unreserve(found.movement)
+        self.views.stay(found.victims)
 
     # --- Looking: nothing is awaited between a look and what follows from it ----------------------
 
-    def _look(self, wants: Wants, waiter: _Waiter, learned_mb: int | None) -> Found | NodeView | _Wait:
+    def _look(
+        self, wants: Wants, waiter: _Waiter, *, needed: Needed | None, learned_mb: int | None, may_wait: bool
+    ) -> Found | NodeView | _Wait:
         wants = replace(wants, excluded=wants.excluded | waiter.failed.keys())
-        facts = self._views.facts(wants.model_ref)
-        needed = _larger(self._views.needed(wants.model_ref), learned_mb)
-        full_mb = needed.full_mb if needed is not None else None
-        view = self._views.index.best(wants, full_mb, facts)
-        if view is not None:
-            return self._found(chosen_node(view, wants, full_mb), wants, full_mb)
-        if needed is None:
-            sleeper = choose_sleeper(self._views.nodes(), wants, None, facts)
-            return sleeper if sleeper is not None else self._none(wants, waiter, None, facts)
-        idle = self._make_room(wants, waiter, needed.full_mb, facts)
-        if idle is not None:
-            return idle
-        if needed.least_mb < needed.full_mb:
-            view = self._views.index.best(wants, needed.least_mb, facts)
-            if view is not None:
-                reduced = chosen_node(view, wants, needed.least_mb)
-                message = f"{reduced.message}, with less context than the model could have"
-                return self._found(replace(reduced, message=message), wants, needed.least_mb)
-        wait = self._wait_for_room(wants, waiter, needed.full_mb, facts)
-        if isinstance(wait, Found):
-            return wait
-        sleeper = choose_sleeper(self._views.nodes(), wants, needed.full_mb, facts)
-        if sleeper is not None and (wait is None or wait.again_s > sleeper.wake_cost_s):
-            return sleeper
-        if wait is None and needed.least_mb < needed.full_mb:
-            wait = self._make_room(wants, waiter, needed.least_mb, facts) or self._wait_for_room(
-                wants, waiter, needed.least_mb, facts
-            )
-        if wait is None:
+        facts = self.views.facts(wants.model_ref)
+        needed = _larger(needed or self.views.needed(wants.model_ref), learned_mb)
+        decision = decide(_Ways(self, wants, facts, waiter), needed, may_wait=may_wait)
+        if isinstance(decision, Fit):
+            return self._found(decision, wants)
+        if isinstance(decision, Wake):
+            return decision.node
+        is_late = not may_wait and self._clock.monotonic_s() - waiter.since_s >= IDLE_WAIT_S
+        if decision is None or is_late:
             waiter.node = None
-            return self._none(wants, waiter, full_mb, facts)
-        return wait
+            self._none(wants, waiter, needed.full_mb if needed is not None else None, facts)
+        if isinstance(decision, Evict):
+            return self._take_turn(decision, wants)
+        waiter.node = decision.plan.node
+        return _Wait(f"{_need(decision, wants)}: waits for workers there that load or end", LOOK_BEHIND_S)
 
-    def _make_room(
-        self, wants: Wants, waiter: _Waiter, needed_mb: int, facts: ModelFacts
-    ) -> Found | _Wait | None:
-        """Have idle workers go, in this one's turn; None if that would not be enough."""
-        plan = self._plan(wants, needed_mb, facts, IDLE_ONLY)
-        if plan is None:
-            return None
-        return self._take_turn(plan, wants, waiter, needed_mb)
-
-    def _wait_for_room(
-        self, wants: Wants, waiter: _Waiter, needed_mb: int, facts: ModelFacts
-    ) -> Found | _Wait | None:
-        """Have workers go that compute now, in this one's turn, or wait for those that come and go."""
-        plan = self._plan(wants, needed_mb, facts, READY_ONES)
-        if plan is not None:
-            return self._take_turn(plan, wants, waiter, needed_mb)
-        plan = self._plan(wants, needed_mb, facts, ANY)
-        if plan is None:
-            return None
-        waiter.node = plan.node
-        message = (
-            f"{plan.node} has {gib(max(plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
-            f"{gib(needed_mb)} GiB: waits for workers there that load or end"
-        )
-        return _Wait(message, LOOK_BEHIND_S)
-
-    def _take_turn(self, plan: Eviction, wants: Wants, waiter: _Waiter, needed_mb: int) -> Found | _Wait:
-        waiter.node = plan.node
-        verdict = self._verdict(plan, waiter)
-        need = (
-            f"{plan.node} has {gib(max(plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
-            f"{gib(needed_mb)} GiB"
-        )
+    def _take_turn(self, decision: Evict, wants: Wants) -> Found | _Wait:
+        plan, verdict = decision.plan, decision.verdict
+        need = _need(decision, wants)
         models = sorted({record.model_ref for record in map(self._registry.worker, plan.worker_ids)})
         if verdict.turn is Turn.WAIT:
             message = (
@@ -251,18 +201,19 @@ class RoomFinder:
                 f"{self._limits.starvation_s:g} s at most"
             )
             return _Wait(message, verdict.again_s)
-        self._views.leave(plan.worker_ids, wants.model_ref)
-        movement = self._views.reserve(plan.node, plan.device, needed_mb)
+        self.views.leave(plan.worker_ids, wants.model_ref)
+        movement = self.views.reserve(plan.node, plan.device, decision.needed_mb)
         number = len(plan.worker_ids)
         what = "stops what was used longest ago" if verdict.turn is Turn.GO else "its turn has come, stops"
         message = f"{need}: {what}: {count(number, 'worker')} ({', '.join(models)})"
         return Found(plan.node, message, movement, plan.worker_ids)
 
-    def _verdict(self, plan: Eviction, waiter: _Waiter) -> Verdict:
+    def verdict(self, plan: Eviction, waiter: _Waiter) -> Verdict:
+        """Return whether these workers may go for whoever waits."""
         if not self._is_first(waiter):
             return Verdict(Turn.WAIT, LOOK_BEHIND_S)
         waited_s = self._clock.monotonic_s() - waiter.since_s
-        return turn(map(self._views.place, plan.worker_ids), waited_s, self._limits)
+        return turn(map(self.views.place, plan.worker_ids), waited_s, self._limits)
 
     def _is_first(self, waiter: _Waiter) -> bool:
         """Return whether nobody who came earlier waits for the same node."""
@@ -273,27 +224,18 @@ class RoomFinder:
                 return False
         return True
 
-    def _plan(
-        self, wants: Wants, needed_mb: int, facts: ModelFacts, stages: frozenset[Stage]
-    ) -> Eviction | None:
-        occupants = self._views.occupants()
-        return plan_eviction(self._views.nodes(), occupants, wants, needed_mb, facts=facts, stages=stages)
-
-    def _found(self, choice: NodeChoice, wants: Wants, needed_mb: int | None) -> Found:
-        assert choice.node is not None, "a node was chosen"
-        view = self._views.node(choice.node)
-        room = view.room(wants) if view is not None else None
+    def _found(self, decision: Fit, wants: Wants) -> Found:
+        choice = _fitting(decision, wants)
+        room = decision.node.room(wants)
         movement = None
-        if room is not None and needed_mb is not None:
-            movement = self._views.reserve(choice.node, room.device, needed_mb)
-        return Found(choice.node, choice.message, movement)
+        if room is not None and decision.needed_mb is not None:
+            movement = self.views.reserve(decision.node.name, room.device, decision.needed_mb)
+        return Found(decision.node.name, choice.message, movement)
 
     def _none(self, wants: Wants, waiter: _Waiter, needed_mb: int | None, facts: ModelFacts) -> NoReturn:
         if waiter.failed:
             raise next(iter(waiter.failed.values()))
-        choice = no_node(self._views.nodes(), wants, needed_mb, facts)
-        refused = {refusal.candidate: refusal.why for refusal in choice.refused}
-        fail(choice.code or ErrorCode.NO_CAPACITY, choice.message, model_ref=wants.model_ref, refused=refused)
+        refuse(no_node(self.views.nodes(), wants, needed_mb, facts), wants)
 
     # --- Making room ----------------------------------------------------------------------------
 
@@ -308,7 +250,7 @@ class RoomFinder:
         node = self._registry.reachable(found.node)
         try:
             async with asyncio.timeout(CLOSING_S):
-                while any(self._views.place(worker_id).requests for worker_id in self._live(found)):
+                while any(self.views.place(worker_id).requests for worker_id in self._live(found)):
                     await self._changed(LOOK_S)
             async with asyncio.timeout(self._stop_limit_s):
                 for worker_id in self._live(found):
@@ -357,7 +299,7 @@ class RoomFinder:
         await wake(node.mac, self._wake_target)
         deadline_s = self._clock.monotonic_s() + WAKE_AGAIN_S
         while True:
-            view = self._views.node(node.name)
+            view = self.views.node(node.name)
             if view is not None and view.state is NodeState.READY:
                 return True
             left_s = deadline_s - self._clock.monotonic_s()
@@ -371,6 +313,46 @@ class RoomFinder:
                 await self._registry.changed.wait()
         except TimeoutError:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """What one model's search looks at: the pool as it is now."""
+
+    finder: RoomFinder
+    wants: Wants
+    facts: ModelFacts
+    waiter: _Waiter
+
+    def best(self, needed_mb: int | None) -> NodeView | None:
+        return self.finder.views.index.best(self.wants, needed_mb, self.facts)
+
+    def plan(self, needed_mb: int, stages: Container[Stage]) -> Eviction | None:
+        views = self.finder.views
+        return plan_eviction(
+            views.nodes(), views.occupants(), self.wants, needed_mb, facts=self.facts, stages=stages
+        )
+
+    def verdict(self, plan: Eviction) -> Verdict:
+        self.waiter.node = plan.node
+        return self.finder.verdict(plan, self.waiter)
+
+    def sleeper(self, needed_mb: int | None) -> NodeView | None:
+        return choose_sleeper(self.finder.views.nodes(), self.wants, needed_mb, self.facts)
+
+
+def _fitting(decision: Fit, wants: Wants) -> NodeChoice:
+    choice = chosen_node(decision.node, wants, decision.needed_mb)
+    if not decision.is_reduced:
+        return choice
+    return replace(choice, message=f"{choice.message}, with less context than the model could have")
+
+
+def _need(decision: Evict | Hold, wants: Wants) -> str:
+    return (
+        f"{decision.plan.node} has {gib(max(decision.plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
+        f"{gib(decision.needed_mb)} GiB"
+    )
 
 
 def _larger(needed: Needed | None, learned_mb: int | None) -> Needed | None:

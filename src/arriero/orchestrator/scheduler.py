@@ -37,7 +37,6 @@ class Lease:
         self._views = views
         self.worker_id = record.worker_id
         self.node = record.node
-        self.model_ref = record.model_ref
         self.address = address
         #: Why this one was chosen.
         self.why = why
@@ -49,10 +48,6 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._views.released(self.worker_id, self.node)
-
-    def finished(self, *, tokens: int, duration_ms: float) -> None:
-        """Take note of how fast its request was computed."""
-        self._views.finished(self.node, self.model_ref, tokens=tokens, duration_ms=duration_ms)
 
 
 class Scheduler:
@@ -80,7 +75,7 @@ class Scheduler:
         return self._registry.views.requests_in_flight
 
     def requests_on(self, node: str) -> int:
-        """Return how many requests are with the workers of a node now."""
+        """Return how many requests are with the workers of a node now, whatever road they came."""
         return self._registry.views.requests_on(node)
 
     def choose(self, wants: Wants) -> WorkerChoice:

@@ -151,11 +151,11 @@ class TaskRunner:
         try:
             if head.status >= 300:
                 raise Refused(head, await connection.read_all(ERROR_BYTES_MAX))
-            await self._read(task, lease, connection)
+            await self._read(task, connection)
         finally:
             connection.release()
 
-    async def _read(self, task: Task, lease: Lease, connection: Connection) -> None:
+    async def _read(self, task: Task, connection: Connection) -> None:
         """Turn the worker's frames into events.  Raises Lost, Silent, and the error of an error event."""
         connection.beat(min(BEAT_S, self._stall_s))
         cutter = EventCutter()
@@ -173,13 +173,13 @@ class TaskRunner:
                 if line.startswith(b"data: "):
                     if is_error:
                         _raise_error(task, line[6:])
-                    if line != b"data: [DONE]" and self._take(task, lease, line[6:]):
+                    if line != b"data: [DONE]" and self._take(task, line[6:]):
                         await _drain(connection)
                         return
                 elif line.startswith(b"event: error"):
                     is_error = True
 
-    def _take(self, task: Task, lease: Lease, data: bytes) -> bool:
+    def _take(self, task: Task, data: bytes) -> bool:
         """Take one frame; return whether it is the last one."""
         try:
             frame = _FRAME.decode(data)
@@ -198,7 +198,6 @@ class TaskRunner:
             task.step(TaskState.RUNNING)
         elif frame.done:
             task.step(TaskState.RUNNING)
-            lease.finished(tokens=frame.total_tokens, duration_ms=frame.duration_ms)
             task.change(
                 prompt_tokens=frame.prompt_tokens,
                 completion_tokens=frame.total_tokens,

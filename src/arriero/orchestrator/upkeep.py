@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 from typing import Final
 
-from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.errors import ArrieroError, ErrorCode, from_body
 from arriero.contracts.events import NodeDone, NodeStep
 from arriero.contracts.records import Finding
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
+from arriero.domain.placement_wants import count
 from arriero.fabrics.base import Connection, Fabric
 from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
 from arriero.orchestrator.fitting import fit_engine
@@ -16,7 +17,7 @@ from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.membership import Membership
-from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import ask_capabilities, connected
 from arriero.orchestrator.scheduler import Scheduler
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
@@ -71,11 +72,12 @@ class Upkeep:
         while running := self._scheduler.requests_on(node.name):
             if running != told:
                 told = running
-                tell(NodeStep(step="drain", message=f"{running} requests still run there", actor=node.name))
+                message = f"waits for {count(running, 'request')} there"
+                tell(NodeStep(step="drain", message=message, actor=node.name))
             if self._clock.monotonic_s() >= deadline_s:
                 raise ArrieroError(
                     ErrorCode.REQUEST_TIMEOUT,
-                    f"{running} requests still run on {node.name} after {wait_s:g} s",
+                    f"{node.name} still has {count(running, 'request')} after {wait_s:g} s",
                     node=node.name,
                     running=running,
                 )
@@ -86,25 +88,24 @@ class Upkeep:
     async def upgrade(self, name: str, tell: Tell, *, carry: bool, wait_s: float) -> NodeDone:
         """Bring a machine to our version: install beside, drain, restart, check; go back if that fails.
 
-        Raises NODE_NOT_FOUND, what connecting and installing raise, and VERSION_MISMATCH or
-        NODE_UNREACHABLE if the new one does not answer: the old one runs again then.
+        A machine that has our version already is left alone.  Raises NODE_NOT_FOUND, what connecting and
+        installing raise, and VERSION_MISMATCH or NODE_UNREACHABLE if the new one does not answer or does not
+        join: the details tell what is left there, the old one where there was one.
         """
         entry = self._membership.remote(name)
         async with self._underway.only(name, "upgraded", tell):
             async with connected(self._fabric, entry, tell) as connection:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
+                installed = await self._machines.install(connection, survey, tell, carry=carry)
+                if not installed.is_new and await self._version(entry, connection) == __version__:
+                    message = f"{name} is arriero {__version__} already"
+                    return NodeDone(message=message, node=self._registry.node(name).record())
                 # No worker may begin between two versions.
                 with self._registry.paused(name) as node:
                     tell(NodeStep(step="drain", message=f"{name} takes no new work"))
-                    installed = await self._machines.install(connection, survey, tell, carry=carry)
-                    if not installed.is_new and await self._version(entry, connection) == __version__:
-                        message = f"{name} is arriero {__version__} already"
-                        return NodeDone(message=message, node=node.record())
                     with contextlib.suppress(ArrieroError):
                         await self._drained(node, tell, wait_s)
-                    async with self._membership.without_link(name, "upgraded"):
-                        await self._restart(entry, connection, installed, tell)
-                    await self._held(node)
+                    await self._replace(node, entry, connection, installed, tell)
                     # A build that was there may have been for the engine's version before.
                     await fit_engine(node, tell)
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
@@ -116,33 +117,52 @@ class Upkeep:
         except ArrieroError:
             return None
 
-    async def _restart(
-        self, entry: NodeEntry, connection: Connection, installed: Installation, tell: Tell
+    async def _replace(
+        self, node: Node, entry: NodeEntry, connection: Connection, installed: Installation, tell: Tell
     ) -> None:
-        await self._machines.stop(connection, entry.install_path, tell)
+        """Have the agent of the new version instead of the old one: it answers, and it joins."""
         try:
-            await self._machines.start(connection, entry.install_path, entry.name, tell)
-            version = await self._version(entry, connection)
-            if version != __version__:
-                raise ArrieroError(
-                    ErrorCode.VERSION_MISMATCH,
-                    f"{entry.name} answers as arriero {version} after an upgrade to {__version__}",
-                    node=entry.name,
-                )
+            async with self._membership.without_link(entry.name, "upgraded"):
+                await self._machines.stop(connection, entry.install_path, tell)
+                await self._machines.start(connection, entry.install_path, entry.name, tell)
+                version = await self._version(entry, connection)
+                if version != __version__:
+                    raise ArrieroError(
+                        ErrorCode.VERSION_MISMATCH,
+                        f"{entry.name} answers as arriero {version} after an upgrade to {__version__}",
+                        node=entry.name,
+                    )
+            await self._held(node)
         except ArrieroError as error:
-            if installed.previous is None:
-                raise
-            tell(NodeStep(step="rollback", message=f"{error.message}: goes back to {installed.previous}"))
-            await self._machines.stop(connection, entry.install_path, tell)
-            await self._machines.switch_back(connection, installed, tell)
-            await self._machines.start(connection, entry.install_path, entry.name, tell)
-            error.details["left"] = f"{installed.previous} runs again"
+            tell(NodeStep(step="rollback", message=error.message))
+            left = await self._go_back(entry, connection, installed, tell)
+            tell(NodeStep(step="rollback", message=left))
+            error.details["left"] = left
             raise
 
+    async def _go_back(
+        self, entry: NodeEntry, connection: Connection, installed: Installation, tell: Tell
+    ) -> str:
+        """Have the agent run again that was there before; return what is left there."""
+        if installed.previous is None:
+            return f"there is nothing to go back to: {installed.tag} stays there"
+        tell(NodeStep(step="rollback", message=f"goes back to {installed.previous}"))
+        try:
+            async with self._membership.without_link(entry.name, "taken back"):
+                await self._machines.stop(connection, entry.install_path, tell)
+                await self._machines.switch_back(connection, installed, tell)
+                await self._machines.start(connection, entry.install_path, entry.name, tell)
+        except ArrieroError as error:
+            return f"{installed.previous} does not run again: {error.message}"
+        return f"{installed.previous} runs again"
+
     async def _held(self, node: Node) -> None:
+        """Wait until a node has joined.  Raises NODE_UNREACHABLE, and at once what waiting does not mend."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 while node.state not in (NodeState.READY, NodeState.DRAINING) or node.error is not None:
+                    if node.error is not None and node.error.code == ErrorCode.VERSION_MISMATCH:
+                        raise from_body(node.error)
                     await self._registry.changed.wait()
         except TimeoutError as error:
             why = node.error.message if node.error is not None else "its agent does not tell of itself"
@@ -183,7 +203,11 @@ class Upkeep:
         """Look for what is wrong with a machine.  Raises what connecting raises."""
         entry = self._membership.remote(name)
         async with connected(self._fabric, entry, _unheard) as connection:
-            return await self._machines.doctor(connection, entry.install_path)
+            found = await self._machines.doctor(connection, entry.install_path)
+        node = self._registry.find(name)
+        if node is not None and node.same_machine_as:
+            found.append(Finding(name="memory", is_ok=True, message=shared_memory(node.same_machine_as)))
+        return found
 
     async def logs(self, name: str, lines: int) -> bytes:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""

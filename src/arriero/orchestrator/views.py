@@ -15,16 +15,15 @@ from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement_eviction import Occupant, Stage
 from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_ledger import Ledger, Movement
-from arriero.domain.placement_memory import MIB, Needed, memory_mb, needed
+from arriero.domain.placement_memory import MIB, SLOTS, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
 from arriero.domain.placement_turns import Place
 from arriero.domain.placement_wants import ModelFacts
-from arriero.domain.placement_workers import WorkerIndex, WorkerView, speed_class
-from arriero.domain.speeds import Speeds
+from arriero.domain.placement_workers import WorkerIndex, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.runtime.clock import Clock
 
-_NO_PROMISES: Final[Mapping[str, int]] = {}
+_ANSWERS: Final = frozenset({NodeState.READY, NodeState.DRAINING})
 
 
 @dataclass(slots=True)
@@ -65,7 +64,8 @@ class PoolViews:
         self._holders: dict[str, dict[str, ModelRecord]] = {}
         self._loads: dict[str, int] = {}
         self._ledger = Ledger()
-        self.speeds = Speeds()
+        #: Tokens a second by model and node, as their workers told last; kept when those are gone.
+        self._speeds: dict[str, dict[str, float]] = {}
         self.workers = WorkerIndex()
         self.index = NodeIndex()
 
@@ -85,8 +85,9 @@ class PoolViews:
         return sum(self._loads.values())
 
     def requests_on(self, node: str) -> int:
-        """Return how many requests are with the workers of a node now."""
-        return self._loads.get(node, 0)
+        """Return how many requests are with the workers of a node now, whatever road they came."""
+        told = sum(self.place(view.worker_id).requests for view in self.workers.of_node(node))
+        return max(told, self._loads.get(node, 0))
 
     def facts(self, model_ref: str) -> ModelFacts:
         """Return what is known of a model."""
@@ -101,7 +102,7 @@ class PoolViews:
             ),
             is_everywhere=is_local(model_ref),
             disk_mb=-(-model.size_bytes // MIB) if model is not None else None,
-            speeds=self.speeds.of(model_ref),
+            speeds=self._speeds.get(model_ref, {}),
             loads=self._loads,
         )
 
@@ -123,10 +124,20 @@ class PoolViews:
         """Return whether a node has a model without fetching it."""
         return is_local(model_ref) or node in self._holders.get(model_ref, {})
 
-    def needed(self, model_ref: str) -> Needed | None:
-        """Return what a worker will take for a model; None: not known before it was fetched."""
+    def needed(
+        self, model_ref: str, *, slots: int | None = None, context_tokens: int | None = None
+    ) -> Needed | None:
+        """Return what a worker will take for a model; None: not known before it was fetched.
+
+        A context that somebody asks for is not reduced.
+        """
         model = self.model(model_ref)
-        return needed(model) if model is not None else None
+        if model is None:
+            return None
+        if context_tokens is None:
+            return needed(model, slots=slots or SLOTS)
+        exact_mb = memory_mb(model, slots=slots or SLOTS, context_tokens=context_tokens)
+        return Needed(exact_mb, exact_mb)
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """Return the workers by node, with the memory they hold and what they do with it."""
@@ -205,7 +216,7 @@ class PoolViews:
         seen.devices = tuple(devices)
         seen.promised_mb = promised_mb
         self._ledger.beat(name)
-        self._see(seen)
+        self._moved(seen)
 
     def models_told(self, name: str, models: Iterable[ModelRecord]) -> None:
         """Take a node's catalog."""
@@ -249,15 +260,6 @@ class PoolViews:
         if node is not None:
             self.index.put(node, load)
 
-    def finished(self, node: str, model_ref: str, *, tokens: int, duration_ms: float) -> None:
-        """Take the speed of one finished request."""
-        before = speed_class(self.speeds.of(model_ref).get(node, 0.0))
-        mean = self.speeds.finished(node, model_ref, tokens=tokens, duration_ms=duration_ms)
-        if mean is not None and speed_class(mean) != before:
-            for view in self.workers.of_node(node):
-                if view.model_ref == model_ref:
-                    self.workers.put(replace(view, speed=mean))
-
     def leave(self, worker_ids: Iterable[str], model_ref: str) -> None:
         """Give these workers no new request: they make room for a model."""
         for worker_id in worker_ids:
@@ -277,14 +279,14 @@ class PoolViews:
     def reserve(self, node: str, device: str, needed_mb: int) -> Movement:
         """Count memory as given away, for a worker that is being made."""
         movement = self._ledger.take(node, device, needed_mb)
-        self._see(self._seen[node])
+        self._moved(self._seen[node])
         return movement
 
     def unreserve(self, movement: Movement) -> None:
         """Take a reservation back; safe to call twice."""
         self._ledger.cancel(movement)
         if movement.node in self._seen:
-            self._see(self._seen[movement.node])
+            self._moved(self._seen[movement.node])
 
     # --- Views ------------------------------------------------------------------------------
 
@@ -309,14 +311,27 @@ class PoolViews:
                 record.name, lambda worker: replace(worker, node_state=view.state, labels=view.labels)
             )
 
+    def _moved(self, seen: _Seen) -> None:
+        """Take note of what is promised on a node, for all nodes that are the same machine."""
+        self._see(seen)
+        for name in seen.record.same_machine_as:
+            if name in self._seen:
+                self._see(self._seen[name])
+
+    def _promised_mb(self, seen: _Seen) -> Mapping[str, int]:
+        """Return the memory of a node's machine that is not free any more though nobody uses it yet."""
+        found: Mapping[str, int] = seen.promised_mb
+        others = [self._seen[name] for name in seen.record.same_machine_as if name in self._seen]
+        for told in [other.promised_mb for other in others if other.record.status in _ANSWERS]:
+            found = _added(found, told)
+        for name in (seen.record.name, *seen.record.same_machine_as):
+            if not self._ledger.is_empty(name):
+                found = _added(found, self._ledger.of(name))
+        return found
+
     def _see(self, seen: _Seen) -> NodeView:
         record = seen.record
-        promised_mb = seen.promised_mb
-        if not self._ledger.is_empty(record.name):
-            moved = self._ledger.of(record.name)
-            promised_mb = {
-                device: promised_mb.get(device, 0) + moved.get(device, 0) for device in {*promised_mb, *moved}
-            }
+        promised_mb = self._promised_mb(seen)
         view = NodeView(
             name=record.name,
             state=record.status,
@@ -356,9 +371,11 @@ class PoolViews:
                 del self._uses[worker_id]
             if before is not None and record.node in self._seen:
                 self._ledger.gave_back(record.node, record.device, self._memory_mb(before))
-                self._see(self._seen[record.node])
+                self._moved(self._seen[record.node])
             return
         self._records[worker_id] = record
+        if record.tokens_per_s > 0:
+            self._speeds.setdefault(record.model_ref, {})[record.node] = record.tokens_per_s
         use = self._uses.setdefault(worker_id, _Use())
         if use.ready_s is None and record.state in READY:
             use.ready_s = self._clock.monotonic_s()
@@ -382,11 +399,15 @@ class PoolViews:
                 queued=max(record.queued, sent - total, 0),
                 node_state=node.state if node is not None else NodeState.UNREACHABLE,
                 load_fraction=record.load_fraction,
-                speed=self.speeds.of(record.model_ref).get(record.node, 0.0),
+                speed=record.tokens_per_s or self._speeds.get(record.model_ref, {}).get(record.node, 0.0),
                 labels=node.labels if node is not None else {},
                 leaves_for=self._leaving.get(record.worker_id, ""),
             )
         )
+
+
+def _added(some_mb: Mapping[str, int], more_mb: Mapping[str, int]) -> Mapping[str, int]:
+    return {device: some_mb.get(device, 0) + more_mb.get(device, 0) for device in {*some_mb, *more_mb}}
 
 
 def is_local(model_ref: str) -> bool:

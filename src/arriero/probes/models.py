@@ -68,7 +68,8 @@ def download_start(where: Where, *, model: str, timeout_s: float = TIMEOUT_S) ->
         refs.parse(model)
         caller = agent(where, timeout_s=timeout_s)
         started = caller.start_download(model)
-        url = urljoin(caller.url + "/", started.progress_url)
+        # Below the address that was asked, which may be a route of the orchestrator to another machine.
+        url = urljoin(caller.url + "/", started.progress_url.lstrip("/"))
         seen.update(download_id=started.download_id, progress_url=url)
         try:
             _await_begin(url, timeout_s, seen)

@@ -208,7 +208,7 @@ _ROWS: Final = (
     ),
     Probe(
         models.CATALOG,
-        "Ask an agent's catalog for a model.",
+        "Ask the catalog of this machine's agent for a model.",
         models.catalog,
         models.TIMEOUT_S,
         (
@@ -224,7 +224,7 @@ _ROWS: Final = (
     ),
     Probe(
         models.REGISTERED,
-        "Have the agent read the files behind its catalog again, and compare them.",
+        "Have this machine's agent read the files behind its catalog again, and compare them.",
         models.model_registered,
         models.VERIFY_S,
         (
@@ -242,7 +242,7 @@ _ROWS: Final = (
     ),
     Probe(
         models.DOWNLOAD,
-        "Have an agent fetch a model, and see the download begin; it goes on.",
+        "Have this machine's agent fetch a model, and see the download begin; it goes on.",
         models.download_start,
         models.TIMEOUT_S,
         (

@@ -117,10 +117,11 @@ def find_worker(
             raise
         raise ArrieroError(ErrorCode.NO_WORKERS, error.message, cause=error.code.value) from error
     deadline = time.monotonic() + wait_started_s
-    worker = choose(listed(caller, codes), where.worker_id, prefer=prefer)
+    is_agent = where.is_agent
+    worker = choose(listed(caller, codes), where.worker_id, prefer=prefer, is_agent=is_agent)
     while worker.state == WorkerState.STARTING and time.monotonic() < deadline:
         time.sleep(LOOK_S)
-        worker = choose(listed(caller, codes), worker.worker_id)
+        worker = choose(listed(caller, codes), worker.worker_id, is_agent=is_agent)
     if worker.state == WorkerState.STARTING or worker.is_final:
         raise ArrieroError(
             codes.unreachable if worker.is_final or not wait_started_s else codes.timeout,
@@ -138,20 +139,22 @@ def choose(
     *,
     prefer: Collection[WorkerState] = (),
     any_state: bool = False,
+    is_agent: bool = False,
 ) -> Listed:
-    """Return the worker that is meant.  Raises NO_WORKERS."""
+    """Return the worker that is meant; `is_agent`: of those that an agent listed.  Raises NO_WORKERS."""
+    limits = "; an agent knows those of its own machine alone" if is_agent else ""
     if worker_id is not None:
         for worker in workers:
             if worker.worker_id == worker_id:
                 return worker
         raise ArrieroError(
             ErrorCode.NO_WORKERS,
-            f"no worker {worker_id!r} is registered, of {len(workers)} there are",
+            f"no worker {worker_id!r} is registered, of {len(workers)} there are{limits}",
             worker_id=worker_id,
             registered=[worker.worker_id for worker in workers],
         )
     living = [worker for worker in workers if any_state or not worker.is_final]
     if not living:
-        raise ArrieroError(ErrorCode.NO_WORKERS, "no worker is registered", registered=len(workers))
+        raise ArrieroError(ErrorCode.NO_WORKERS, f"no worker is registered{limits}", registered=len(workers))
     preferred = [worker for worker in living if worker.state in prefer]
     return (preferred or living)[-1]

@@ -75,7 +75,7 @@ def worker_ready(where: Where, *, until: str = "idle", timeout_s: float = TIMEOU
             caller = registry(where, timeout_s=timeout_s)
             workers = listed(caller, NO_WORKERS_CODES)
             is_dead = bool(workers) and all(worker.is_final for worker in workers)
-            worker = choose(workers, where.worker_id, any_state=is_dead)
+            worker = choose(workers, where.worker_id, any_state=is_dead, is_agent=where.is_agent)
         except ArrieroError as error:
             if error.code not in (ErrorCode.NO_WORKERS, ErrorCode.NOT_RUNNING):
                 raise

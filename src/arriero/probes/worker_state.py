@@ -110,7 +110,7 @@ def _look(caller: Caller, where: Where, worker_id: str | None, seen: dict[str, A
 def _find(workers: list[Listed], where: Where, worker_id: str | None) -> Listed:
     wanted = worker_id or where.worker_id
     living = any(not worker.is_final for worker in workers)
-    return choose(workers, wanted, any_state=not living)
+    return choose(workers, wanted, any_state=not living, is_agent=where.is_agent)
 
 
 def _watch(

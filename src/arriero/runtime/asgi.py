@@ -73,6 +73,7 @@ class Guard:
     a foreign Host or Origin, with MISSING_API_KEY / INVALID_API_KEY a wrong token (where one is
     demanded, except on `open_paths`, whose routes check by themselves), with REQUEST_TOO_LARGE a
     body over the limit; `body_bytes_max_of` names the paths that have a limit of their own.
+    `reading_token` is good for the requests (method, path) of which `is_reading` says so.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Guard:
         app: AsgiApp,
         *,
         token: str = "",
+        reading_token: str = "",
+        is_reading: Callable[[str, str], bool] = lambda _method, _path: False,
         open_paths: frozenset[str] = frozenset(),
         hosts: frozenset[str] = LOOPBACK_HOSTS,
         body_bytes_max: int = BODY_BYTES_MAX,
@@ -88,6 +91,8 @@ class Guard:
     ) -> None:
         self._app = app
         self._token = token.encode()
+        self._reading_token = reading_token.encode()
+        self._is_reading = is_reading
         self._open_paths = open_paths
         self._hosts = hosts
         self._body_bytes_max = body_bytes_max
@@ -116,7 +121,7 @@ class Guard:
         limit = self._body_bytes_max_of.get(scope["path"], self._body_bytes_max)
         bounded = _BoundedReceive(receive, limit)
         try:
-            self._check(headers, scope["path"])
+            self._check(headers, scope["method"], scope["path"])
             bounded.check_length(headers.get(b"content-length"))
             await self._app(scope, bounded, send_with_id)
             if bounded.error is None or is_started:
@@ -128,7 +133,7 @@ class Guard:
             await bounded.discard()
             await send_error(send_with_id, error, path=scope["path"])
 
-    def _check(self, headers: dict[bytes, bytes], path: str) -> None:
+    def _check(self, headers: dict[bytes, bytes], method: str, path: str) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         if _host_name(host) not in self._hosts:
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Host {host[:80]!r} is not one of ours")
@@ -137,7 +142,11 @@ class Guard:
             raise ArrieroError(ErrorCode.FORBIDDEN, f"Origin {origin[:80].decode('latin-1')!r} is foreign")
         if not self._token or path in self._open_paths:
             return
-        if not hmac.compare_digest(bearer_token(headers.get(b"authorization", b"")), self._token):
+        given = bearer_token(headers.get(b"authorization", b""))
+        is_known = hmac.compare_digest(given, self._token)
+        if self._reading_token and self._is_reading(method, path):
+            is_known |= hmac.compare_digest(given, self._reading_token)
+        if not is_known:
             raise ArrieroError(ErrorCode.INVALID_API_KEY)
 
 

@@ -4,11 +4,13 @@ Reads version 1 and version 2 hierarchies.  A process without a memory cgroup, a
 system, and files that cannot be read all answer "not known", never an error.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 PROC: Final = Path("/proc")
+_ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 #: Version 1 writes this and the like for "no limit": everything above is none.
 _NO_LIMIT_BYTES: Final = 1 << 60
 
@@ -84,13 +86,18 @@ def _mounted(mounts: list[str], kind: str, path: str) -> Path | None:
             continue
         if kind == "cgroup" and "memory" not in right_fields[2].split(","):
             continue
-        mount_root, mount_point = left_fields[3], Path(left_fields[4])
+        mount_root, mount_point = _plain(left_fields[3]), Path(_plain(left_fields[4]))
         # In a container the mount shows a part of the hierarchy, and paths are told from its root.
         if mount_root != "/" and (path == mount_root or path.startswith(f"{mount_root}/")):
             path = path[len(mount_root) :]
         folder = mount_point / path.lstrip("/")
         return folder if folder.is_dir() else mount_point
     return None
+
+
+def _plain(field: str) -> str:
+    """Return a path of `mountinfo`, where blanks and backslashes are three octal digits."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), field)
 
 
 def _is_readable(folder: Path, kind: str) -> bool:

@@ -17,6 +17,8 @@ from arriero.runtime.sse import SseEvent, SseParser
 T = TypeVar("T")
 CONNECT_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 30.0
+#: Larger than any answer; a machine that sends without end fills no memory.
+ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
 class Http:
@@ -133,7 +135,7 @@ class Peer:
         try:
             async with asyncio.timeout(timeout_s):
                 async with self.request(method, path, body=body, headers=headers) as response:
-                    content = await response.read()
+                    content = await _content(response)
                     if response.status >= 400:
                         raise error_of(response.status, content)
         except TimeoutError as error:
@@ -182,7 +184,8 @@ class Peer:
                 response = await manager.__aenter__()
             try:
                 if response.status >= 300:
-                    raise error_of(response.status, await response.read())
+                    async with asyncio.timeout(silence_s):
+                        raise error_of(response.status, await _content(response))
                 while True:
                     async with asyncio.timeout(silence_s):
                         chunk = await response.content.readany()
@@ -196,6 +199,23 @@ class Peer:
             raise ArrieroError(unreachable, f"silent for {silence_s:g} s", silence_s=silence_s) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ArrieroError(unreachable, f"connection broke: {type(error).__name__}") from error
+        except ValueError as error:
+            raise ArrieroError(
+                ErrorCode.VERSION_MISMATCH, f"a stream that is none of ours: {error}"
+            ) from error
+
+
+async def _content(response: aiohttp.ClientResponse) -> bytes:
+    """Return an answer's body.  Raises VERSION_MISMATCH if it is larger than any of ours."""
+    content = bytearray()
+    while piece := await response.content.readany():
+        content += piece
+        if len(content) > ANSWER_BYTES_MAX:
+            raise ArrieroError(
+                ErrorCode.VERSION_MISMATCH,
+                f"an answer of more than {ANSWER_BYTES_MAX} bytes, which is none of ours",
+            )
+    return bytes(content)
 
 
 def error_of(status: int, content: bytes) -> ArrieroError:

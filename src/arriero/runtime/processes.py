@@ -41,6 +41,15 @@ def boot_id() -> str:
         return str(int(psutil.boot_time()))
 
 
+def machine_id() -> str:
+    """Return what programs have in common that share a machine's memory, in containers too; not secret."""
+    import hashlib
+
+    # All of one kernel know the same boot; elsewhere its second, which another machine may share.
+    whose = boot_id() if _HAS_PROC else f"{boot_id()} {os.uname().nodename}"
+    return hashlib.sha256(f"arriero machine {whose}".encode()).hexdigest()[:16]
+
+
 def start_ticks(pid: int) -> int | None:
     """Return when `pid` started; None if there is no such process, or it is a zombie."""
     if _HAS_PROC:

@@ -110,7 +110,10 @@ class Settings:
     )
     log_level: str = _s("info", "debug, info, warning or error.")
     log_bytes_max: int = _s(
-        10_000_000, "A worker's log is rotated at this size; one older file is kept.", unit="bytes", low=1000
+        10_000_000,
+        "A log of agent or worker is rotated at this size; one older file is kept.",
+        unit="bytes",
+        low=1000,
     )
 
     def home_path(self) -> Path:

@@ -12,6 +12,8 @@ CONTENT_TYPE: Final = "text/event-stream"
 DONE: Final = b"[DONE]"
 #: A longer line is no stream of ours; the parser refuses it instead of growing.
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
+#: Nor is an event of more characters, on however many lines.
+EVENT_CHARS_MAX: Final = 2 * LINE_BYTES_MAX
 
 
 class SseEvent(msgspec.Struct, frozen=True):
@@ -53,13 +55,14 @@ class SseParser:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[str] = []
+        self._chars = 0
         self._event = ""
         self._id = ""
 
     def feed(self, chunk: bytes) -> list[SseEvent]:
         """Return the events and comments that `chunk` completes.
 
-        Raises ValueError if a line is longer than 16 MiB.
+        Raises ValueError if a line is longer than 16 MiB, or an event than twice that.
         """
         buffer = self._rest + chunk
         # A carriage return at the end may be the first half of CRLF: keep it for the next chunk.
@@ -82,6 +85,7 @@ class SseParser:
             if self._data:
                 found.append(SseEvent("\n".join(self._data), self._event or "message", self._id))
             self._data = []
+            self._chars = 0
             self._event = ""
             return
         name, _, value = line.decode("utf-8", "replace").partition(":")
@@ -89,6 +93,10 @@ class SseParser:
         if name == "":
             found.append(SseEvent(comment=value))
         elif name == "data":
+            # Of a line without content, its break.
+            self._chars += len(value) + 1
+            if self._chars > EVENT_CHARS_MAX:
+                raise ValueError(f"an event of the stream is longer than {EVENT_CHARS_MAX} characters")
             self._data.append(value)
         elif name == "event":
             self._event = value

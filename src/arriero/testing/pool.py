@@ -30,7 +30,7 @@ from arriero.testing import leaks
 
 Role: TypeAlias = Literal["orchestrator", "agent"]
 T = TypeVar("T")
-START_TIMEOUT_S: Final = 20.0
+START_TIMEOUT_S: Final = 40.0
 STOP_TIMEOUT_S: Final = 15.0
 LOOK_S: Final = 0.02
 ARRIERO: Final = (sys.executable, "-m", "arriero")

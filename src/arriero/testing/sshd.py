@@ -198,8 +198,8 @@ class SshServer:
         lines = [
             f"Port {port}",
             f"ListenAddress {self.address}",
-            *(f"HostKey {self._there(self._host_key_file(kind).name)}" for kind in self._host_keys),
-            f"AuthorizedKeysFile {self._there('authorized_keys')}",
+            *(f'HostKey "{self._there(self._host_key_file(kind).name)}"' for kind in self._host_keys),
+            f'AuthorizedKeysFile "{self._there("authorized_keys")}"',
             "PidFile none",
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
@@ -210,7 +210,7 @@ class SshServer:
             "UseDNS no",
             "MaxStartups 1000",
             "Subsystem sftp internal-sftp",
-            f"SetEnv {' '.join(self._env)}",
+            "SetEnv " + " ".join(f'"{each}"' for each in self._env),
             self._more_config,
             # Of several words on a matter, the first one counts: a test may want to read more.
             "LogLevel INFO",

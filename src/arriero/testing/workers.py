@@ -22,7 +22,7 @@ from arriero.contracts.requests import ReadyCallback, WorkerSpec
 from arriero.runtime import processes, state_dir
 from arriero.runtime.processes import Identity
 
-START_S: Final = 15.0
+START_S: Final = 40.0
 STOP_S: Final = 10.0
 _LOOK_S: Final = 0.01
 

@@ -70,6 +70,7 @@ class Core:
             memory_mb=self.host.memory_mb(),
             load_fraction=life.loading.fraction,
             idle_s=life.idle_s(),
+            tokens_per_s=round(self.metrics.speed.tokens_per_s, 2),
             is_embedding=self.spec.is_embedding,
             engine_pid=self.host.pid,
             exit=life.exit,

@@ -86,6 +86,7 @@ class Generation(AdmittedRequest):
         now_s = asyncio.get_running_loop().time
         events = self._core.host.engine.stream(asked)
         tokens = 0
+        first_s: float | None = None
         try:
             async for event in events:
                 flight.heard_s = now_s()
@@ -100,7 +101,12 @@ class Generation(AdmittedRequest):
                     if not self._has_token:
                         self._has_token = True
                         metrics.first_token_s.observe(flight.heard_s - self._arrived_s)
+                    if first_s is None:
+                        first_s = flight.heard_s
                     tokens += brought
+            if first_s is not None:
+                # From the first token on: neither the queue nor the prompt counts.
+                metrics.speed.finished(tokens=tokens - 1, seconds=flight.heard_s - first_s)
         finally:
             metrics.completion_tokens += tokens
             with contextlib.suppress(TimeoutError):

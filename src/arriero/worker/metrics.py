@@ -4,6 +4,7 @@ import bisect
 from typing import Final
 
 from arriero.contracts.errors import ErrorCode
+from arriero.domain.speeds import Speed
 
 #: Upper bounds in seconds.
 BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -53,6 +54,7 @@ class Metrics:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.first_token_s = Histogram()
+        self.speed = Speed()
 
     def ended(self, code: ErrorCode | None) -> None:
         """Count a request's end; None: it was answered whole."""

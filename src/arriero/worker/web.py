@@ -20,6 +20,7 @@ from arriero.runtime.asgi import (
     error_bytes,
     send_error,
 )
+from arriero.runtime.bodies import field_and_reason
 from arriero.worker.fencing import HEADER as FENCE_HEADER
 from arriero.worker.fencing import Fencing
 
@@ -129,11 +130,7 @@ def _invalid(error: msgspec.ValidationError, given: Any) -> ArrieroError:
 
     The value is told where it is a number: a text may be a prompt.
     """
-    reason, _, where = str(error).partition(" - at ")
-    param = where.strip("`").removeprefix("$").lstrip(".")
-    for lead in ("Object contains unknown field `", "Object missing required field `"):
-        if reason.startswith(lead):
-            param = f"{param}.{reason[len(lead) : -1]}".lstrip(".")
+    param, reason = field_and_reason(error)
     value = given.get(param) if isinstance(given, Mapping) else None
     shown = f"{param} is {value}: {reason}" if isinstance(value, int | float) else str(error)
     return ArrieroError(

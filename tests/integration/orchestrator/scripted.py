@@ -43,7 +43,8 @@ from arriero.runtime import processes, state_dir
 from arriero.runtime.state_dir import StateDir
 
 AGENT_TOKEN = "agent-secret"
-WAIT_S = 10.0
+#: Less than a test may take (pyproject.toml); a start takes a second of a processor, which may be busy.
+WAIT_S = 30.0
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:

@@ -1,21 +1,14 @@
 """What goes along when an orchestrator goes: agents and workers on a machine behind a real sshd."""
 
-import asyncio
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from tests.support.there import orchestrator, other_agent, pool_with
 
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import SpawnBody
-from arriero.contracts.states import NodeState, WorkerState
-from arriero.orchestrator.store import open_database
-from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
+from arriero.contracts.states import WorkerState
 from arriero.runtime import processes
-from arriero.runtime.entropy import SystemEntropy
 from arriero.testing.agents import AgentProcess
 from arriero.testing.pool import Pool, eventually
 from arriero.testing.sshd import SshServer, sshd_path
@@ -24,7 +17,6 @@ pytestmark = [
     pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
     pytest.mark.timeout(60),
 ]
-FAKE = {"engine": "fake", "stop_grace_s": "2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,53 +28,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
 @pytest.fixture
 def there() -> Iterator[AgentProcess]:
     """The agent of the other machine."""
-    with tempfile.TemporaryDirectory(prefix="arr-") as folder:
-        settings = {**FAKE, "node_timeout_s": "0.4", "node_name": "there"}
-        with AgentProcess(Path(folder) / "home", settings) as running:
-            yield running
+    with other_agent() as running:
+        yield running
 
 
 @pytest.fixture
 def pool(there: AgentProcess, server: SshServer) -> Iterator[Pool]:
     """A pool to which that machine belongs; nothing runs here yet."""
-    with Pool({**FAKE, "node_name": "here"}) as made:
-        made.state.prepare()
-        entry = NodeEntry(
-            name="there",
-            ssh=server.target,
-            key_path=str(server.key),
-            host_key=server.fingerprint(),
-            install_path=str(there.home.parent),
-            capabilities=there.client.capabilities(),
-        )
-        asyncio.run(_register(made, entry))
+    with pool_with(there, server) as made:
         yield made
         assert made.stop() == []
-
-
-async def _register(pool: Pool, entry: NodeEntry) -> None:
-    database = await open_database(pool.state.orchestrator_db)
-    try:
-        await (await NodeStore.open(database, SystemEntropy())).save(entry)
-    finally:
-        await database.close()
-
-
-@contextmanager
-def orchestrator(pool: Pool, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    daemon = pool.begin("orchestrator", *flags)
-    try:
-        eventually("the other machine is there", lambda: _status(pool) is NodeState.READY, 20)
-        yield daemon
-    finally:
-        daemon.kill()
-        daemon.communicate()
-
-
-def _status(pool: Pool) -> NodeState | None:
-    if pool.state.running("orchestrator") is None:
-        return None
-    return {node.name: node.status for node in pool.orchestrator.nodes()}.get("there")
 
 
 def loaded(pool: Pool, there: AgentProcess) -> WorkerRecord:

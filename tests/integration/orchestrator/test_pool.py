@@ -132,6 +132,22 @@ def test_the_sdk_chats_and_streams_the_same(sdk: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_whatever_generates_is_measured(sdk: OpenAI, demo_pool: Pool) -> None:
+    def told() -> float:
+        (worker,) = workers(demo_pool, "demo")
+        return worker.tokens_per_s
+
+    known = {0.0, told()}
+    sdk.chat.completions.create(model="demo", messages=COUNT, temperature=0, max_tokens=40)
+    eventually("a speed is told", lambda: told() not in known)
+    known.add(told())
+    with sdk.completions.create(model="demo", prompt="5 6 7", max_tokens=40, stream=True) as stream:
+        list(stream)
+    eventually("another one is told", lambda: told() not in known)
+    explained = demo_pool.orchestrator.explain(TaskBody(model="demo"))
+    assert explained.nodes[0].speed_tokens_per_s == told()
+
+
 def test_the_sdk_completes_embeds_and_lists(sdk: OpenAI) -> None:
     completion = sdk.completions.create(model="demo", prompt="Once upon", max_tokens=5, temperature=0)
     assert completion.usage is not None and completion.usage.completion_tokens == 5
@@ -140,6 +156,23 @@ def test_the_sdk_completes_embeds_and_lists(sdk: OpenAI) -> None:
     assert any(vectors.data[0].embedding)
     assert "demo" in [model.id for model in sdk.models.list()]
     assert sdk.models.retrieve("demo").object == "model"
+
+
+def test_the_sdk_says_where_a_request_is_computed(sdk: OpenAI, demo_pool: Pool) -> None:
+    (here,) = demo_pool.orchestrator.nodes()
+    place = {"arriero": {"node": here.name, "backend": "cpu"}}
+    answer = sdk.chat.completions.with_raw_response.create(
+        model="demo", messages=COUNT, max_tokens=3, extra_body=place
+    )
+    assert answer.headers["X-Arriero-Node"] == here.name
+    assert sdk.embeddings.create(model="demo", input="one", extra_body=place).data
+    assert sdk.completions.create(model="demo", prompt="Once", max_tokens=3, extra_body=place).choices
+    with pytest.raises(openai.NotFoundError) as refused:
+        sdk.chat.completions.create(model="demo", messages=COUNT, extra_body={"arriero": {"node": "lima"}})
+    assert refused.value.code == "NODE_NOT_FOUND"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        sdk.completions.create(model="demo", prompt="x", extra_body={"arriero": {"nodes": ["lima"]}})
+    assert (wrong.value.code, wrong.value.param) == ("INVALID_REQUEST", "arriero.nodes")
 
 
 def test_the_sdk_raises_its_own_errors(sdk: OpenAI) -> None:

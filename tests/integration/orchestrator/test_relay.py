@@ -219,6 +219,10 @@ async def test_a_wrong_request_is_told_its_field(tmp_path: Path) -> None:
         ({"model": 5}, "model"),
         ({"model": "gpt-4"}, "model"),
         ({"model": "demo", "stream": "yes"}, "stream"),
+        ({"model": "demo", "arriero": "far"}, "arriero"),
+        ({"model": "demo", "arriero": {"nod": "far"}}, "arriero.nod"),
+        ({"model": "demo", "arriero": {"labels": {"room": 7}}}, "arriero.labels[...]"),
+        ({"model": "demo", "arriero": {"labels": {"my room": "x"}}}, "arriero.labels"),
         (["demo"], None),
     ]
     async with orchestrator(tmp_path) as o:
@@ -227,3 +231,33 @@ async def test_a_wrong_request_is_told_its_field(tmp_path: Path) -> None:
                 assert response.status == 400
                 error = (await response.json())["error"]
             assert (error["type"], error.get("param")) == ("invalid_request_error", param)
+
+
+async def test_a_request_says_where_it_is_to_be_computed(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        worker = await andes.add_worker()
+        await ready(o)
+        body = chat(arriero={"node": "andes", "backend": "cpu", "device": "cpu", "labels": {}})
+        async with o.session.post(f"{o.url}/v1/chat/completions", json=body) as response:
+            assert (response.status, response.headers["X-Arriero-Node"]) == (200, "andes")
+        assert worker.seen[0][2] == body, "it goes on as it came"
+        refused = {
+            "no node is called 'lima'": {"node": "lima"},
+            "andes lacks the label room=attic": {"labels": {"room": "attic"}},
+            "andes has the backends cpu, cuda was asked for": {"backend": "cuda"},
+            "andes has the devices cpu, cuda:1 was asked for": {"device": "cuda:1"},
+        }
+        for message, place in refused.items():
+            async with o.session.post(f"{o.url}/v1/chat/completions", json=chat(arriero=place)) as response:
+                error = (await response.json())["error"]
+            assert (error["message"], andes.spawned) == (message, [])
+
+
+async def test_a_body_that_is_nested_without_end_is_a_wrong_request(tmp_path: Path) -> None:
+    async with orchestrator(tmp_path) as o:
+        deep = b"[" * 100_000 + b"]" * 100_000
+        body = b'{"model": "demo", "messages": [{"content": ' + deep + b"}]}"
+        for path in ("/v1/chat/completions", "/v1/tasks", "/v1/placements:explain"):
+            async with o.session.post(o.url + path, data=body) as response:
+                error = (await response.json())["error"]
+            assert (response.status, error["message"]) == (400, "the body is nested too deeply")

@@ -19,7 +19,9 @@ from tests.integration.orchestrator.scripted import (
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, TaskPlacing
 from arriero.contracts.records import Capabilities, DeviceRecord, ModelRecord
+from arriero.contracts.states import WorkerState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_decision import Wake
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
@@ -180,15 +182,73 @@ async def test_explain_tells_each_candidate_with_numbers_and_does_nothing(tmp_pa
             assert andes.spawned == [] and len(andes.workers) == 1
 
 
-async def test_speed_is_measured_and_shown(tmp_path: Path) -> None:
-    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
-        await andes.add_worker(script=WorkerScript(tokens=14))
-        await ready(o, "demo")
-        await ask(o, "demo")
-        async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": "demo"}) as response:
+async def test_the_speed_that_a_worker_tells_is_its_nodes_for_that_model_also_when_it_is_gone(
+    tmp_path: Path,
+) -> None:
+    async def speeds(o: RunningOrchestrator, model_ref: str) -> tuple[list[float], float]:
+        async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": model_ref}) as response:
             explained = await response.json()
-        # 14 tokens in 7 ms, as the worker says.
-        assert explained["workers"][0]["speed_tokens_per_s"] == 2000.0
+        told = [worker["speed_tokens_per_s"] for worker in explained["workers"]]
+        return told, explained["nodes"][0]["speed_tokens_per_s"]
+
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        worker, _ = await andes.add_worker(), await andes.add_worker(A)
+        await ready(o, A)
+        assert await speeds(o, "demo") == ([0.0], 0.0)
+        andes.change(worker, tokens_per_s=2000.0)
+        await o.until("/v1/workers", lambda answer: any(w["tokens_per_s"] for w in answer["workers"]))
+        assert await speeds(o, "demo") == ([2000.0], 2000.0)
+        assert await speeds(o, A) == ([0.0], 0.0)
+        andes.change(worker, state=WorkerState.STOPPED)
+        await o.until("/v1/workers", lambda answer: len(answer["workers"]) == 1)
+        assert await speeds(o, "demo") == ([], 2000.0)
+
+
+async def start(o: RunningOrchestrator, model_ref: str, **body: Any) -> tuple[int, dict[str, Any]]:
+    """Ask for a worker by name; return the status and the answer."""
+    async with o.session.post(f"{o.url}/v1/workers", json={"model_ref": model_ref, **body}) as response:
+        return response.status, await response.json()
+
+
+async def test_a_worker_that_is_asked_for_by_name_has_room_made_by_what_is_idle(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes:
+        holds_one(andes, A, B, C)
+        andes.memory_of[A] = andes.memory_of[C] = 3500
+        old, new = await andes.add_worker(C), await andes.add_worker(A)
+        old.record = msgspec.structs.replace(old.record, last_activity_unix=5.0)
+        new.record = msgspec.structs.replace(new.record, last_activity_unix=9.0)
+        async with orchestrator(tmp_path, starvation_s="2") as o:
+            await ready(o, A)
+            andes.has_models(model(A, 3500), model(B, 3500), model(C, 3500))
+            status, error = await start(o, B, labels={"room": "attic"})
+            assert (status, error["error"]["code"]) == (503, "NO_CAPACITY")
+            assert error["error"]["message"] == "andes lacks the label room=attic"
+            status, record = await start(o, B, slots=2)
+            assert (status, record["model_ref"]) == (202, B)
+            assert {w.record.model_ref for w in andes.workers.values()} == {A, B}
+            assert [(body.model_ref, body.slots) for body in andes.spawned] == [(B, 2)]
+
+
+async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_for_by_name(
+    tmp_path: Path,
+) -> None:
+    async with agent(tmp_path) as andes:
+        holds_one(andes, A, B)
+        first = await andes.add_worker(A, WorkerScript(tokens=3, hold_after=1))
+        async with orchestrator(tmp_path, starvation_s="0.4") as o, asyncio.TaskGroup() as group:
+            await ready(o, A)
+            held = group.create_task(ask(o, A))
+            async with asyncio.timeout(5):
+                await first.held.wait()
+            status, refused = await start(o, B)
+            assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
+            assert refused["error"]["message"] == "andes has 2.5 GiB free, the model needs 4.9 GiB"
+            first.go_on.set()
+            assert (await held)[-1] == {"DONE": True}
+            andes.has_models(model(A, is_pinned=True), model(B))
+            status, refused = await start(o, B)
+            assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
+        assert andes.spawned == [] and len(andes.workers) == 1
 
 
 # --- Waking ----------------------------------------------------------------------------------------
@@ -214,7 +274,8 @@ async def test_a_machine_that_sleeps_is_woken_by_its_packet_and_waited_for(tmp_p
         room = RoomFinder(registry, SystemClock(), settings)
         node = asleep(registry)
         foreseen = room.foresee(Wants(A))
-        assert (foreseen.choice.code, foreseen.sleeper) == (ErrorCode.NODE_UNREACHABLE, "attic")
+        assert foreseen.choice.code is ErrorCode.NODE_UNREACHABLE
+        assert isinstance(foreseen.decision, Wake) and foreseen.decision.node.name == "attic"
         steps: list[TaskPlacing] = []
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:
             finding = group.create_task(room.find(Wants(A), steps.append))

@@ -301,5 +301,8 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
             assert 'arriero_nodes{state="ready"} 1.0' in await response.text()
         described = await o.get("/openapi.json")
         assert {"/v1/tasks", "/v1/chat/completions", "/v1/workers"} <= set(described["paths"])
+        asked = described["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]
+        assert asked["schema"]["properties"] == {"arriero": {"$ref": "#/components/schemas/Place"}}
+        assert "labels" in described["components"]["schemas"]["Place"]["properties"]
         async with o.session.get(f"{o.url}/health", headers={"Host": "evil.example"}) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (403, "FORBIDDEN")

@@ -29,15 +29,15 @@ Ctrl-C stops an answer; what came so far stays in the talk."""
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
-              help="Model reference; default: the orchestrator's.")  # fmt: skip
+@options.model_option
 @click.option("--system", metavar="TEXT", help="A system message before everything.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of one answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(-1, 4_294_967_295), help="Makes chance repeatable.")
-@click.option("--node", metavar="NAME", help="Only on this machine of the pool.")
+@options.node_option("Only on this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
+@options.label_option
 @click.option(
     "--timeout", type=click.FloatRange(0, 86_400, min_open=True), metavar="S", help="Limit of an answer."
 )
@@ -49,6 +49,7 @@ def chat(*, as_json: bool, quiet: bool, **given: Any) -> int:
     With piped stdin each line is answered in turn.  With --json each answer is one JSON line.
     Nothing of the talk is written to disk.
     """
+    given["labels"] = options.labels_of(given["labels"])
     narrator = Narrator(is_quiet=quiet)
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
         return Talk(client, given, narrator, as_json=as_json).run()
@@ -168,4 +169,5 @@ class Talk:
             node=self._given["node"],
             backend=self._given["backend"],
             device=self._given["device"],
+            labels=self._given["labels"],
         )

@@ -156,7 +156,7 @@ def _tell_fault(role: str, error: Exception) -> int:
 
 def _tell(role: str, error: ArrieroError, trace: str = "") -> int:
     if sys.stderr.isatty():
-        sys.stderr.write(f"{trace}error: {error.code}: {error.message}\n  hint: {error.kind.what_to_do}\n")
+        sys.stderr.write(f"{trace}error: {error.code}: {error.message}\n  hint: {error.advice}\n")
     else:
         body = error.body()
         line: dict[str, Any] = {

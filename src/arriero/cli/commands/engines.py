@@ -10,6 +10,7 @@ from arriero.cli import model_agent, options, render
 from arriero.cli.narrator import Narrator
 from arriero.cli.signals import terminable
 from arriero.client.api import Agent
+from arriero.contracts import names
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.records import EngineBuild, EngineList
 from arriero.contracts.requests import EngineInstallBody
@@ -86,8 +87,10 @@ def install(
     """
     if wheel is not None and index_url is not None:
         raise click.UsageError("--wheel and --index exclude each other")
-    narrator = Narrator(is_quiet=quiet)
     digest = sha256.lower() if sha256 is not None else None
+    if digest is not None and not names.is_sha256(digest):
+        raise options.refuse(f"--sha256 {sha256!r} is no checksum: 64 hexadecimal digits", param="sha256")
+    narrator = Narrator(is_quiet=quiet)
     with terminable(), model_agent.serving_agent(node, narrator) as agent:
         name = None
         if wheel is not None:

@@ -22,9 +22,8 @@ _NODE_COLUMNS: Final = (
 
 
 @click.command(epilog=options.examples(_EXAMPLES))
-@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
-              help="Model reference; default: the orchestrator's.")  # fmt: skip
-@click.option("--node", metavar="NAME", help="Only this machine of the pool.")
+@options.model_option
+@options.node_option("Only this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @options.label_option
@@ -45,8 +44,14 @@ def explain(
         render.data(explained)
     else:
         _show(explained)
-    has_place = explained.worker_id or explained.node or explained.would_evict or explained.would_wake
-    return Exit.OK if has_place else Exit.ERROR
+    has_place = (
+        explained.worker_id,
+        explained.node,
+        explained.would_evict,
+        explained.would_wait_for,
+        explained.would_wake,
+    )
+    return Exit.OK if any(has_place) else Exit.ERROR
 
 
 def _show(explained: PlacementExplained) -> None:
@@ -57,7 +62,7 @@ def _show(explained: PlacementExplained) -> None:
         )
         render.out(f"{explained.model_ref} needs {render.mib_text(explained.needed_mb)}{least}")
     else:
-        render.out(f"{explained.model_ref}: what it needs is not known before it was fetched")
+        render.out(f"{explained.model_ref}: what it needs is known once a node has it")
     if explained.workers:
         render.out("")
         render.table(_WORKER_COLUMNS, [_worker_row(worker) for worker in explained.workers])

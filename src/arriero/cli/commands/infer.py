@@ -24,8 +24,7 @@ _EXAMPLES: Final = (
 @click.command(epilog=options.examples(_EXAMPLES))
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", metavar="TEXT", help="The prompt; `-` reads it from stdin.")
-@click.option("-m", "--model", metavar="REF", envvar="ARRIERO_DEFAULT_MODEL",
-              help="Model reference; default: the orchestrator's.")  # fmt: skip
+@options.model_option
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), help="Most tokens of the answer.")
@@ -34,7 +33,7 @@ _EXAMPLES: Final = (
 @click.option("--top-k", type=click.IntRange(0), help="Choose among so many likeliest tokens.")
 @click.option("--seed", type=click.IntRange(-1, 4_294_967_295), help="Makes chance repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given 16 times.")
-@click.option("--node", metavar="NAME", help="Only on this machine of the pool.")
+@options.node_option("Only on this machine of the pool.")
 @click.option("--backend", metavar="NAME", help="cpu, cuda, metal…; nothing falls back by itself.")
 @click.option("--device", metavar="ID", help="cuda:0, cpu…")
 @options.label_option

@@ -38,7 +38,7 @@ def models() -> None:
 
 @models.command("pull", epilog=options.examples(_PULL_EXAMPLES))
 @click.argument("ref")
-@click.option("--node", metavar="NAME", help="Onto this machine of the pool; default: where it fits best.")
+@options.node_option("Onto this machine of the pool; default: where it fits best.")
 @click.option("--from", "homes", multiple=True, metavar="FOLDER", type=click.Path(path_type=Path),
               help="State folder of another agent on this machine, which is asked first.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="The download goes on when this command is interrupted.")

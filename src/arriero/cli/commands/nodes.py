@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import msgspec
 
-from arriero.cli import options, pool, render
+from arriero.cli import completing, node_rows, options, pool, render
 from arriero.cli.narrator import Narrator
-from arriero.cli.signals import terminable
+from arriero.cli.signals import Terminated, terminable
+from arriero.client.api import Orchestrator
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
 from arriero.contracts.events import NodeDone, NodeStep
-from arriero.contracts.records import NodeRecord
 from arriero.contracts.requests import LABEL, LABEL_VALUE, NodeAddBody, NodeUpdateBody
 from arriero.contracts.states import NodeState
 
@@ -32,14 +33,7 @@ _UPDATE_EXAMPLES: Final = (
 )
 
 
-def _complete(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    try:
-        return [node.name for node in options.orchestrator().nodes() if node.name.startswith(incomplete)]
-    except ArrieroError:
-        return []
-
-
-name_argument = click.argument("name", shell_complete=_complete)
+name_argument = click.argument("name", shell_complete=completing.nodes)
 key_option = click.option(
     "--key",
     "key_path",
@@ -107,6 +101,7 @@ def add(
     Exit codes: 0 it is part of the pool, 1 error, 2 wrong usage, 124 timed out, 130 interrupted.
     """
     _check_name(name)
+    _check_address(ssh, key_path=_key(key_path), host_key=accept_host_key, install_path=install_path)
     narrator = Narrator(is_quiet=quiet)
     body = NodeAddBody(
         name=name,
@@ -120,18 +115,23 @@ def add(
     )
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
         try:
-            done = client.add_node(body, _shown(narrator))
-        except ArrieroError as error:
+            done = _added(client, body, narrator, may_ask=not as_json)
+        except (KeyboardInterrupt, Terminated):
             narrator.clear()
-            fingerprint = _accepted(error) if not as_json else None
-            if fingerprint is None:
-                raise
-            body = NodeAddBody(
-                **{field: getattr(body, field) for field in body.__struct_fields__}
-                | {"accept_host_key": fingerprint}
-            )
-            done = client.add_node(body, _shown(narrator))
+            narrator.say("orchestrator", f"interrupted: what was begun on {name} is taken back")
+            raise
     return _ended(done, narrator, as_json=as_json)
+
+
+def _added(client: Orchestrator, body: NodeAddBody, narrator: Narrator, *, may_ask: bool) -> NodeDone:
+    try:
+        return client.add_node(body, _shown(narrator))
+    except ArrieroError as error:
+        narrator.clear()
+        fingerprint = _accepted(error) if may_ask else None
+        if fingerprint is None:
+            raise
+    return client.add_node(msgspec.structs.replace(body, accept_host_key=fingerprint), _shown(narrator))
 
 
 def _accepted(error: ArrieroError) -> str | None:
@@ -140,7 +140,8 @@ def _accepted(error: ArrieroError) -> str | None:
     is_asked = error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN and render.is_terminal(sys.stdin)
     if not is_asked or not isinstance(fingerprint, str) or not render.is_terminal(sys.stderr):
         return None
-    render.note(f"{error.message}")
+    render.note(error.message)
+    render.note(f"compare it with what this prints there: {error.details.get('compare', '')}")
     is_right = click.confirm("Is this the machine you mean? Accept this key", default=False, err=True)
     return fingerprint if is_right else None
 
@@ -152,39 +153,20 @@ def _accepted(error: ArrieroError) -> str | None:
 @options.json_option
 def list_nodes(*, as_json: bool) -> int:
     """List the machines of the pool."""
-    found = options.orchestrator().nodes()
+    client = options.orchestrator()
+    found = client.nodes()
     if as_json:
         render.data({"nodes": found})
         return Exit.OK
-    now = time.time()
-    render.table(
-        ("node", "status", "devices", "memory free", "disk free", "last seen", "version", "reached by"),
-        [
-            [
-                record.name,
-                str(record.status),
-                ", ".join(device.id for device in record.devices),
-                f"{render.mib_text(record.ram_free_mb)} of {render.mib_text(record.ram_mb)}",
-                render.mib_text(record.disk_free_mb),
-                _ago(record, now),
-                record.version,
-                record.ssh or "this machine",
-            ]
-            for record in found
-        ],
-    )
+    workers = client.workers()
+    render.table(node_rows.COLUMNS, node_rows.listed(found, workers, now_unix=time.time()))
     for record in found:
         if record.error is not None and record.status is NodeState.UNREACHABLE:
             render.note(f"{record.name}: {record.error.code}: {record.error.message}")
+            render.note(f"  hint: {record.error.details.get('suggested_action', '')}")
         for advice in record.advice:
             render.note(f"{record.name}: {advice}")
     return Exit.OK
-
-
-def _ago(record: NodeRecord, now: float) -> str:
-    if not record.last_connected_unix:
-        return ""
-    return f"{render.seconds_text(now - record.last_connected_unix)} ago"
 
 
 @nodes.command(
@@ -194,46 +176,15 @@ def _ago(record: NodeRecord, now: float) -> str:
 @options.json_option
 def show(*, name: str, as_json: bool) -> int:
     """Show all that is known of a machine."""
-    record = options.orchestrator().node(name)
+    client = options.orchestrator()
+    record = client.node(name)
     if as_json:
         render.data(record)
         return Exit.OK
-    for label, text in _rows(record):
+    for label, text in node_rows.shown(record, client.workers(), now_unix=time.time()):
         if text:
-            render.out(f"{label:<16}{text}")
+            render.out(f"{label:<14}{text}")
     return Exit.OK
-
-
-def _rows(record: NodeRecord) -> list[tuple[str, str]]:
-    error = record.error
-    reached = f"ssh {record.ssh}" if record.is_remote else "this machine"
-    rows = [
-        ("node", record.name),
-        ("status", f"{record.status}" + (" (drained)" if record.is_drained else "")),
-        ("why", f"{error.code}: {error.message}" if error is not None else ""),
-        ("version", record.version),
-        ("reached by", reached),
-        ("key", record.key_path),
-        ("host key", record.host_key),
-        ("install path", record.install_path),
-        ("system", f"{record.os} {record.arch}".strip()),
-        ("processor", f"{record.cpu_cores} cores" if record.cpu_cores else ""),
-        ("memory", f"{render.mib_text(record.ram_free_mb)} free of {render.mib_text(record.ram_mb)}"),
-        ("disk", f"{render.mib_text(record.disk_free_mb)} free"),
-    ]
-    for device in record.devices:
-        room = f"{render.mib_text(device.memory_free_mb)} free of {render.mib_text(device.memory_mb)}"
-        driver = f", driver {device.driver}" if device.driver else ""
-        rows.append(("device", f"{device.id}: {device.name}, {room}{driver}"))
-    rows += [("engine", f"{name} {version}") for name, version in sorted(record.engines.items())]
-    rows += [
-        ("backends", ", ".join(record.backends)),
-        ("labels", " ".join(f"{key}={value}" for key, value in sorted(record.labels.items()))),
-        ("wakes by", record.mac),
-        ("round trip", f"{record.latency_ms:.1f} ms" if record.latency_ms else ""),
-        ("last seen", render.moment_text(record.last_connected_unix)),
-    ]
-    return rows + [("advice", advice) for advice in record.advice]
 
 
 @nodes.command("doctor", epilog=options.examples(("arriero nodes doctor attic",)))
@@ -298,6 +249,8 @@ def update(
         labels=_labels(labels),
         mac="" if mac == "" else _mac(mac),
     )
+    if ssh is not None:
+        _check_address(ssh)
     if body == NodeUpdateBody():
         raise options.refuse("nothing to change: give at least one option")
     record = options.orchestrator().update_node(name, body)
@@ -343,7 +296,7 @@ def undrain(*, name: str, as_json: bool) -> int:
 
 
 @nodes.command("upgrade", epilog=options.examples(_UPGRADE_EXAMPLES))
-@click.argument("name", required=False, shell_complete=_complete)
+@click.argument("name", required=False, shell_complete=completing.nodes)
 @click.option("--all", "is_all", is_flag=True, help="All machines behind SSH, one after the other.")
 @carry_option
 @options.quiet_option
@@ -374,6 +327,8 @@ def upgrade(*, name: str | None, is_all: bool, carry: bool, quiet: bool, as_json
                     raise
                 failed.append((each, error))
                 render.error(error)
+    if failed:
+        render.note(f"not upgraded: {', '.join(each for each, _ in failed)}")
     if as_json:
         render.data(
             {"nodes": [each.node for each in done], "failed": {each: e.body() for each, e in failed}}
@@ -427,7 +382,9 @@ def _ended(done: NodeDone, narrator: Narrator, *, as_json: bool) -> int:
 
 def _shown(narrator: Narrator) -> Callable[[NodeStep], None]:
     def show_step(step: NodeStep) -> None:
-        if step.fraction is None:
+        if step.fraction is None or step.fraction >= 1.0:
+            # What advanced has come to its end.
+            narrator.clear()
             narrator.say(step.actor, step.message)
         else:
             narrator.advance(step.step, step.fraction, step.message)
@@ -442,6 +399,13 @@ def _check_name(name: str) -> None:
             "63 at most",
             param="name",
         )
+
+
+def _check_address(ssh: str, *, install_path: str | None = None, **parts: str | None) -> None:
+    """Refuse what is wrong before anything is started for it."""
+    from arriero.fabrics.base import INSTALL_PATH, NodeAddress
+
+    NodeAddress.parse(ssh, install_path=INSTALL_PATH if install_path is None else install_path, **parts)
 
 
 def _labels(given: Sequence[str]) -> dict[str, str]:

@@ -18,18 +18,18 @@ from arriero.orchestrator.machines.there_child import (
     Facts,
     Refused,
     current,
+    make,
     quiet,
     read,
     service_manager,
     systemctl,
     turn,
+    units,
 )
 
 #: Between SIGKILL and its effect.
 KILLED_WAIT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
-#: An agent that never answered has no workers to wait for.
-STOP_AT_FAILURE_S = 15.0
 LOG_LINES = 15
 
 
@@ -85,11 +85,23 @@ def _workers(home: Path) -> list[Facts]:
     return [{**run, "pid": run.get("record", {}).get("pid", 0)} for run in runs if run]
 
 
-def _end(record: Facts, grace_s: float) -> None:
-    _signal(record, signal.SIGTERM)
-    if not _wait_gone([record], grace_s):
-        _signal(record, signal.SIGKILL)
-        _wait_gone([record], KILLED_WAIT_S)
+def _end(keeper: Facts, agent: Facts, grace_s: float) -> None:
+    """End a keeper and its agent; both are asked, and killed after `grace_s`."""
+    both = [keeper, agent]
+    _signal(keeper if is_alive(keeper) else agent, signal.SIGTERM)
+    if not _wait_gone(both, grace_s):
+        for record in both:
+            _kill(record)
+        _wait_gone(both, KILLED_WAIT_S)
+
+
+def _kill(record: Facts) -> None:
+    """Kill a process, and the group that it leads.
+
+    An agent that hangs before it has a run file is of its keeper's group; workers have groups of their own.
+    """
+    _signal(record, signal.SIGKILL, group=True)
+    _signal(record, signal.SIGKILL)
 
 
 def _wait_gone(records: list[Facts], timeout_s: float) -> bool:
@@ -104,8 +116,13 @@ def _wait_gone(records: list[Facts], timeout_s: float) -> bool:
 # --- Start ---------------------------------------------------------------------------------------
 
 
-def start(path: str, name: str, uses_services: bool, answer_timeout_s: float) -> Facts:
-    """Start the agent of `current` unless one runs or is being started; return when it answers."""
+def start(
+    path: str, name: str, uses_services: bool, answer_timeout_s: float, stop_timeout_s: float = 15.0
+) -> Facts:
+    """Start the agent of `current` unless one runs or is being started; return when it answers.
+
+    One that does not is asked to end, and killed after `stop_timeout_s`: it has no workers to wait for.
+    """
     root = Path(path).absolute()
     home = root / "home"
     if not (root / MARKER).is_file():
@@ -126,7 +143,7 @@ def start(path: str, name: str, uses_services: bool, answer_timeout_s: float) ->
                 _wait_answers(home, log, offset, answer_timeout_s)
             except Refused:
                 _remove_service(root)
-                _end(keeper_of(home), STOP_AT_FAILURE_S)
+                _end(keeper_of(home), agent_of(home), stop_timeout_s)
                 raise
     return {"is_new": is_new, "how": how, "version": agent_of(home).get("version", "")}
 
@@ -142,7 +159,7 @@ def _start(root: Path, name: str, uses_services: bool, log: Path) -> str:
     # By its own path: `current` may point elsewhere when it starts a worker.
     python = root / "envs" / tag / "bin" / "python"
     env = {"ARRIERO_HOME": str(home), "ARRIERO_NODE_NAME": name, "ARRIERO_AGENT_PORT": "0"}
-    service = service_manager() if uses_services else ""
+    service = service_manager(root) if uses_services else ""
     if service and (how := _start_service(root, service, python, env, log)):
         return how
     _start_keeper(python, env, log)
@@ -190,7 +207,9 @@ def answers(record: Facts) -> bool:
 def _tail(log: Path, offset: int) -> list[str]:
     try:
         with log.open("rb") as file:
-            file.seek(max(offset, log.stat().st_size - 20_000))
+            size = log.stat().st_size
+            # Shorter than before: it was cut, and begins anew.
+            file.seek(max(offset if offset <= size else 0, size - 20_000))
             return file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:]
     except OSError:
         return []
@@ -205,8 +224,7 @@ def _service_name(root: Path) -> str:
 
 
 def _unit_file(root: Path) -> Path:
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return config / "systemd" / "user" / f"{_service_name(root)}.service"
+    return units() / f"{_service_name(root)}.service"
 
 
 def _plist_file(root: Path) -> Path:
@@ -265,7 +283,7 @@ def _start_service(root: Path, kind: str, python: Path, env: dict[str, str], log
     name = _service_name(root)
     if kind == "systemd":
         unit = _unit_file(root)
-        unit.parent.mkdir(parents=True, exist_ok=True)
+        make(root, unit.parent)
         unit.write_text(unit_text(str(python), env, str(log)))
         if (
             not systemctl("daemon-reload")
@@ -275,7 +293,7 @@ def _start_service(root: Path, kind: str, python: Path, env: dict[str, str], log
             return "a user service (systemd)"
     elif kind == "launchd":
         file = _plist_file(root)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make(root, file.parent)
         file.write_bytes(plist(name, str(python), env, str(log)))
         for domain in ("gui", "user"):
             quiet(["launchctl", "bootout", f"{domain}/{os.getuid()}/{name}"])
@@ -339,7 +357,7 @@ def _stop_all(home: Path, grace_s: float) -> int:
     agent, workers = agent_of(home), _workers(home)
     alive = [record for record in (keeper, agent, *workers) if is_alive(record)]
     for record in alive:
-        _signal(record, signal.SIGKILL, group=record in workers)
+        _kill(record)
     _wait_gone(alive, KILLED_WAIT_S)
     return len(alive)
 

@@ -13,13 +13,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.events import NodeStep
-from arriero.fabrics.base import Connection
+from arriero.fabrics.base import OUTPUT_BYTES_MAX, Connection
+from arriero.fabrics.outcome import Kept
+from arriero.orchestrator.machines.environment_child import package_begun
 from arriero.orchestrator.machines.lock import Pinned, Target, fits
 from arriero.orchestrator.machines.survey import Tell
 from arriero.orchestrator.machines.there import ask
@@ -55,7 +58,7 @@ async def fetch(
                 fraction=0.0,
             )
         )
-        await _download(folder, pip, missing, target)
+        await _download(folder, pip, missing, target, tell)
         found |= await asyncio.to_thread(_kept, folder, missing, target)
         for package in missing:
             if package.name not in found:
@@ -82,10 +85,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-async def _download(folder: Path, pip: Path, packages: Sequence[Pinned], target: Target) -> None:
+async def _download(folder: Path, pip: Path, packages: Sequence[Pinned], target: Target, tell: Tell) -> None:
     program = ["-m", "pip"] if importlib.util.find_spec("pip") else [str(pip / "pip")]
     version = target.python_version
     fresh = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=".part-", dir=folder))
+    begun = 0
+
+    def hear(line: bytes) -> None:
+        nonlocal begun
+        package = package_begun(line.decode("utf-8", "replace"))
+        if package:
+            fraction = min(begun / len(packages), 1.0)
+            begun += 1
+            message = f"fetching {begun} of {len(packages)}: {package}"
+            tell(NodeStep(step="package", message=message, fraction=fraction))
+
     try:
         asked = fresh / "asked.txt"
         await asyncio.to_thread(asked.write_text, "".join(f"{package.line()}\n" for package in packages))
@@ -98,6 +112,7 @@ async def _download(folder: Path, pip: Path, packages: Sequence[Pinned], target:
                 "--abi", f"cp{version[0]}{version[1]}", "--abi", "abi3", "--abi", "none",
                 "--dest", str(fresh), "--requirement", str(asked),
             ],
+            hear,
         )  # fmt: skip
         if code:
             _explain(output, target)
@@ -107,7 +122,9 @@ async def _download(folder: Path, pip: Path, packages: Sequence[Pinned], target:
         await asyncio.to_thread(shutil.rmtree, fresh, ignore_errors=True)
 
 
-async def _run(argv: Sequence[str]) -> tuple[int, str]:
+async def _run(argv: Sequence[str], on_line: Callable[[bytes], None]) -> tuple[int, str]:
+    """Run a program, hear each line that it says, and return its exit code and the end of what it said."""
+    said = Kept(OUTPUT_BYTES_MAX, is_end=True, on_line=on_line)
     process = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
@@ -117,7 +134,10 @@ async def _run(argv: Sequence[str]) -> tuple[int, str]:
     )
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S):
-            output, _ = await process.communicate()
+            assert process.stdout is not None
+            while piece := await process.stdout.read(65_536):
+                said.feed(piece)
+            await process.wait()
     except TimeoutError:
         fail(
             ErrorCode.INSTALL_FAILED,
@@ -130,7 +150,7 @@ async def _run(argv: Sequence[str]) -> tuple[int, str]:
                 process.kill()
             await process.wait()
     assert process.returncode is not None
-    return exit_code_of(process.returncode)[0], output.decode("utf-8", "replace")
+    return exit_code_of(process.returncode)[0], said.content().decode("utf-8", "replace")
 
 
 def _explain(output: str, target: Target) -> None:
@@ -166,15 +186,22 @@ async def bring(
     sizes = {name: files[name].stat().st_size for name in missing}
     total = sum(sizes.values())
     done, told_at = 0, -1.0
-    for name in sorted(missing, key=lambda name: sizes[name]):
-        fraction = done / total if total else 1.0
+
+    def tell_copied(name: str, sent: int) -> None:
+        nonlocal told_at
+        fraction = (done + sent) / total if total else 1.0
         # Many are small: a step for each would say nothing.
-        if fraction >= told_at + TOLD_EVERY:
+        if told_at + TOLD_EVERY <= fraction < 1.0:
             message = f"copying {total / 1e6:.0f} MB: {Path(name).name}"
             tell(NodeStep(step="package", message=message, fraction=fraction))
             told_at = fraction
-        await connection.put(files[name], f"{install_path}/carried/{name}", mode=0o600)
+
+    for name in sorted(missing, key=lambda name: sizes[name]):
+        tell_copied(name, 0)
+        there = f"{install_path}/carried/{name}"
+        await connection.put(files[name], there, mode=0o600, on_sent=partial(tell_copied, name))
         done += sizes[name]
     kept = len(files) - len(missing)
-    message = f"{len(missing)} files copied" + (f", {kept} were there" if kept else "")
+    message = f"{len(missing)} {'file' if len(missing) == 1 else 'files'} copied"
+    message += f", {kept} were there" if kept else ""
     tell(NodeStep(step="package", message=message, fraction=1.0))

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
@@ -23,6 +26,21 @@ UNDO_TIMEOUT_S: Final = 120.0
 UNDO_CANCELLED_S: Final = 30.0
 #: A small package of the lock, of pure Python: an index that has it is asked for all.
 _ASKED_FOR: Final = "sniffio"
+
+
+class _PipTold(msgspec.Struct, frozen=True):
+    """How far pip is on a machine, as the program there says."""
+
+    gathered: int
+    installed: int
+    package: str
+
+
+class _Told(msgspec.Struct, frozen=True):
+    told: _PipTold
+
+
+_TOLD: Final = msgspec.json.Decoder(_Told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +104,7 @@ async def install(
         built = await ask(
             connection, python, "build", timeout_s=BUILD_TIMEOUT_S + MARGIN_S, path=path, tag=packed.tag,
             version=version, wheel=packed.path.name, pip=pip.path.name, carried=is_carried,
-            timeout_s_of_pip=BUILD_TIMEOUT_S,
+            timeout_s_of_pip=BUILD_TIMEOUT_S, on_line=_progress(len(_packages(survey, source)) + 1, tell),
         )  # fmt: skip
     except ArrieroError as error:
         # What is unreachable cannot be rolled back: the next one goes on there.
@@ -135,7 +153,7 @@ async def _supply(
     """See that the packages can be had there; return whether they were carried."""
     if tag in survey.environments:
         return False
-    packages = lock.needed(lock.parse(wheel.lock_text(source.package)), survey.markers)
+    packages = _packages(survey, source)
     path = survey.install_path
     if not carry:
         asked = next((each for each in packages if each.name == _ASKED_FOR), packages[0])
@@ -156,6 +174,36 @@ async def _supply(
         connection, survey.python, path, {f"wheels/{each.name}": each for each in found}, tell
     )
     return True
+
+
+def _packages(survey: Survey, source: Source) -> list[lock.Pinned]:
+    """Return what the machine needs besides our own package."""
+    return lock.needed(lock.parse(wheel.lock_text(source.package)), survey.markers)
+
+
+def _progress(total: int, tell: Tell) -> Callable[[bytes], None]:
+    """Return what tells how far pip is there: first it gets hold of all packages, then it unpacks them."""
+
+    furthest = 0.0
+
+    def hear(line: bytes) -> None:
+        nonlocal furthest
+        try:
+            told = _TOLD.decode(line).told
+        except msgspec.DecodeError:
+            # The answer, or what else the machine has to say.
+            return
+        gathered, installed = (min(max(count, 0), total) for count in (told.gathered, told.installed))
+        message = f"{installed} of {total} packages are in place"
+        if not installed:
+            message = f"{gathered} of {total} packages: {told.package[:80]}"
+        fraction = (gathered + installed) / (2 * total)
+        # It only rises, whatever a machine says: so there is an end to what is told.
+        if fraction > furthest:
+            furthest = fraction
+            tell(NodeStep(step="install", message=message, fraction=fraction))
+
+    return hear
 
 
 async def roll_back(connection: Connection, installation: Installation, tell: Tell) -> None:

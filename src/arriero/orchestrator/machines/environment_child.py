@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,18 +16,27 @@ from arriero.orchestrator.machines.there_child import (
     WHOLE,
     Facts,
     Refused,
+    Watch,
     call,
     current,
+    missing,
     path_problem,
+    quiet,
     read,
     sha256_of,
+    tell,
     turn,
+    units,
     whole,
     write,
 )
 
 #: What a transfer that was cut left is cleared away after this time.
 PARTS_KEPT_S = 3600.0
+#: How far pip is is told no more often than so.
+TELL_EVERY_S = 0.5
+#: With these words pip begins with a package.
+_BEGINS = ("Collecting", "Processing")
 
 
 def prepare(path: str) -> Facts:
@@ -35,12 +45,11 @@ def prepare(path: str) -> Facts:
     problem = path_problem(root)
     if problem:
         raise Refused("INSTALL_PATH_UNUSABLE", problem)
-    made = []
-    above = root
-    while not above.exists():
-        made.append(str(above))
-        above = above.parent
+    made = missing(root)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Somebody may have made it in this very moment.
+    if problem := path_problem(root):
+        raise Refused("INSTALL_PATH_UNUSABLE", problem)
     if not (root / MARKER).exists():
         write(root / MARKER, {"made": made})
     for name in ("envs", "carried", "carried/wheels"):
@@ -125,7 +134,50 @@ def _fill(root: Path, environment: Path, wheel: str, pip: str, carried: bool, ti
     argv = [str(environment / "bin" / "python"), str(own / pip / "pip"), *where[:1], "install", "--no-deps",
             *where[1:], *PIP_SHORT, "--require-hashes", "--only-binary=:all:", "--no-compile",
             "--no-warn-script-location", "-r", str(own / "runtime.txt"), "-r", str(arriero)]  # fmt: skip
-    call(argv, timeout_s)
+    call(argv, timeout_s, _PipWatch(environment))
+
+
+class _PipWatch(Watch):
+    """Tells how far pip is: how many packages it has got hold of, and how many are in place."""
+
+    def __init__(self, environment: Path) -> None:
+        self._environment = environment
+        self._line = b""
+        self._gathered = 0
+        self._package = ""
+        self._told = (0, 0)
+        self._look_s = 0.0
+
+    def hear(self, piece: bytes) -> None:
+        """Take what pip says."""
+        *lines, rest = (self._line + piece).split(b"\n")
+        self._line = rest[-4096:]
+        for line in lines:
+            package = package_begun(line.decode("utf-8", "replace"))
+            if package:
+                self._gathered += 1
+                self._package = package
+
+    def look(self) -> None:
+        """Count what is in place: pip says nothing while it installs."""
+        now_s = time.monotonic()
+        if now_s < self._look_s:
+            return
+        self._look_s = now_s + TELL_EVERY_S
+        installed = sum(1 for _ in self._environment.glob("lib/python*/site-packages/*.dist-info/RECORD"))
+        if self._told != (self._gathered, installed):
+            self._told = (self._gathered, installed)
+            tell({"gathered": self._gathered, "installed": installed, "package": self._package})
+
+
+def package_begun(line: str) -> str:
+    """Return the package that pip says it begins with; empty if it says something else."""
+    word, _, rest = line.strip().partition(" ")
+    if word not in _BEGINS or not rest:
+        return ""
+    # "Collecting rich-click==1.9.9 (from -r …)", "Processing /some/where/rich_click-1.9.9-py3-none-any.whl".
+    name = rest.split(" ")[0].rsplit("/", 1)[-1]
+    return re.split("[=<>~!;]" if word == "Collecting" else "-", name, maxsplit=1)[0]
 
 
 def check(environment: Path, version: str) -> None:
@@ -190,7 +242,10 @@ def switch(path: str, tag: str, drop: str) -> Facts:
 
 def remove_all(root: Path) -> None:
     """Remove everything of ours, and the folders we made for it where nothing else is in them."""
-    made = read(root / MARKER).get("made", [])
+    known = read(root / MARKER)
+    # Another installation of this user may rely on it.
+    if known.get("lingers") and not list(units().glob("arriero-agent-*.service")):
+        quiet(["loginctl", "disable-linger"])
     (root / "current").unlink(missing_ok=True)
     for name in ("envs", "home", "carried"):
         shutil.rmtree(root / name, ignore_errors=True)
@@ -198,11 +253,10 @@ def remove_all(root: Path) -> None:
             shutil.rmtree(root / name)
     for name in (".lock", MARKER):
         (root / name).unlink(missing_ok=True)
-    for folder in made:
-        try:
-            Path(folder).rmdir()
-        except OSError:
-            break
+    for made in (known.get("made", []), known.get("elsewhere", [])):
+        with contextlib.suppress(OSError):
+            for folder in made:
+                Path(folder).rmdir()
     # Where the user's daemons have their sockets; others may have some there.
     for base in {os.environ.get("XDG_RUNTIME_DIR") or "/tmp", "/tmp"}:
         with contextlib.suppress(OSError):

@@ -18,6 +18,7 @@ _PINNED: Final = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)\s*
 _HASH: Final = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 #: The oldest glibc that wheels are made for (PEP 600), by processor.
 _GLIBC_OLDEST: Final = {"x86_64": 5, "aarch64": 17}
+VERSION_MAX: Final = 99
 _LEGACY: Final = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 
 
@@ -88,6 +89,8 @@ class Target:
 
 def _numbers(version: str) -> tuple[int, int]:
     found = [int(number) for number in re.findall(r"[0-9]+", version)[:2]]
+    # Its own words, of which a list is made: what no version will be is none.
+    found = [min(number, VERSION_MAX) for number in found]
     return (found[0], found[1]) if len(found) == 2 else (found[0] if found else 0, 0)
 
 

@@ -44,8 +44,6 @@ class Survey:
     hostname: str = ""
     #: For people; empty if there is none.
     gpu: str = ""
-    #: What can keep the agent: "systemd", "launchd", or empty for a process of our own.
-    service: str = ""
     #: Their clock less ours.
     clock_skew_s: float = 0.0
     latency_ms: float = 0.0
@@ -103,7 +101,6 @@ async def survey(
         disk_free_mb=free_mb,
         hostname=facts["hostname"],
         gpu=facts["gpu"],
-        service=facts["service"],
         clock_skew_s=skew_s,
         latency_ms=latency_ms,
         current=facts["current"],

@@ -16,7 +16,6 @@ from arriero.orchestrator.machines.there_child import (
     current,
     existing,
     path_problem,
-    service_manager,
     whole,
 )
 
@@ -39,7 +38,6 @@ def survey(install_path: str) -> Facts:
         "markers": _markers(),
         "missing_libraries": _missing_libraries(),
         "gpu": _gpu(),
-        "service": service_manager(),
         "unix": time.time(),
     }
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,8 @@ PYTHON_MIN: Final = (3, 11)
 PYTHON_TRIED_MAX: Final = (3, 14)
 LOOK_TIMEOUT_S: Final = 30.0
 ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
+#: So a line begins that tells how far a program is, see `there_child.tell`.
+_TOLD: Final = b'{"told": '
 
 #: In the order in which they import each other.
 _MODULES: Final = (there_child, survey_child, environment_child, agent_child, examine_child)
@@ -133,8 +135,13 @@ def _python(text: str) -> Python | None:
     return Python(parts[6], (major, minor, patch), bool(has_venv), bool(is_wide) and parts[5] == "cpython")
 
 
-async def ask(connection: Connection, python: str, action: str, *, timeout_s: float, **arguments: Any) -> Any:
+async def ask(
+    connection: Connection, python: str, action: str, *, timeout_s: float,
+    on_line: Callable[[bytes], None] | None = None, **arguments: Any,
+) -> Any:  # fmt: skip
     """Have a program do something there, with arguments as JSON on standard input; return its answer.
+
+    `on_line` hears each line of what it says, as it comes: how far it is, at last the answer.
 
     Raises what it refuses with; NODE_UNREACHABLE; SSH_COMMAND_FAILED if it does not end in time or breaks.
     """
@@ -149,9 +156,11 @@ async def ask(connection: Connection, python: str, action: str, *, timeout_s: fl
         stdin=program.encode(),
         timeout_s=timeout_s,
         output_bytes_max=ANSWER_BYTES_MAX,
+        on_line=on_line,
     )
     try:
-        answer = json.loads(done.stdout)
+        lines = done.stdout.split(b"\n")
+        answer = json.loads(b"\n".join(line for line in lines if not line.startswith(_TOLD)))
     except ValueError as error:
         raise ArrieroError(
             ErrorCode.SSH_COMMAND_FAILED,

@@ -2,7 +2,8 @@
 
 Standard library alone, from Python 3.11 on.  `there.py` sends this module and one of those that do
 something (`survey_child.py`, `environment_child.py`, `agent_child.py`) on standard input; the answer is one
-JSON document on standard output: {"ok": …} or {"error": …}.
+JSON document on standard output, its last line: {"ok": …} or {"error": …}.  Lines before it tell how far
+it is: {"told": …}.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -56,6 +58,15 @@ def main(text: str, actions: dict[str, Callable[..., Any]]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
+def tell(told: Facts) -> None:
+    """Say how far it is, at once; end if nobody listens any more."""
+    try:
+        sys.stdout.write(json.dumps({"told": told}) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
 def _end(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
 
@@ -82,6 +93,8 @@ def path_problem(path: Path) -> str:
         return f"{path} holds {foreign[0]}, which arriero did not put there"
     if not there.is_dir():
         return f"{there} is no folder"
+    if exposed := exposed_at(there):
+        return f"what lies in {exposed} could be exchanged by other users of the machine"
     if getattr(os, "ST_NOEXEC", 0) & os.statvfs(there).f_flag:
         return f"{there} lies on a disk from which no program may run (noexec)"
     try:
@@ -90,6 +103,26 @@ def path_problem(path: Path) -> str:
     except OSError as error:
         # A full disk is told as such, by its numbers.
         return "" if error.errno == errno.ENOSPC else f"{there} cannot be written: {error.strerror}"
+    return ""
+
+
+def exposed_at(path: Path) -> str:
+    """Return the folder (or link) on the way to `path` that another user can change; empty if there is none.
+
+    What is put there is run later: whoever can exchange it has our user's rights.
+    """
+    # Whose the root is may exchange anything; a container's may be somebody else's than root's.
+    trusted = {0, os.getuid(), Path("/").stat().st_uid}
+    whole = path.resolve()
+    for each in (path, *path.parents, whole, *whole.parents):
+        found = each.lstat()
+        # Many systems have a group for each user, and folders that it may write.
+        is_others = found.st_mode & stat.S_IWOTH or (
+            found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getgid())
+        )
+        is_kept = stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX
+        if found.st_uid not in trusted or (is_others and not is_kept):
+            return str(each)
     return ""
 
 
@@ -188,34 +221,78 @@ def systemctl(*arguments: str) -> int:
     return quiet(["systemctl", "--user", *arguments], env)
 
 
-def service_manager() -> str:
+def service_manager(root: Path) -> str:
     """Return `systemd` or `launchd` where it can keep a user's program when nobody is logged in."""
     if sys.platform == "darwin":
         return "launchd" if shutil.which("launchctl") else ""
     if not (shutil.which("systemctl") and shutil.which("loginctl")) or systemctl("show-environment"):
         return ""
+    if _lingers():
+        return "systemd"
     # Without lingering it would be ended together with the last login.
     quiet(["loginctl", "enable-linger"])
-    said = subprocess.run(
-        ["loginctl", "show-user", str(os.getuid()), "--property=Linger", "--value"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return "systemd" if said.stdout.strip() == "yes" else ""
+    if not _lingers():
+        return ""
+    write(root / MARKER, {**read(root / MARKER), "lingers": True})
+    return "systemd"
 
 
-def call(argv: list[str], timeout_s: float) -> str:
+def _lingers() -> bool:
+    asked = ["loginctl", "show-user", str(os.getuid()), "--property=Linger", "--value"]
+    try:
+        said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return said.stdout.strip() == b"yes"
+
+
+def units() -> Path:
+    """Return where the units of the user's own services are."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+
+
+def make(root: Path, folder: Path) -> None:
+    """Make a folder outside of `root`; those that were not there go with the installation."""
+    made = missing(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if made:
+        known = read(root / MARKER)
+        write(root / MARKER, {**known, "elsewhere": [*made, *known.get("elsewhere", [])]})
+
+
+def missing(folder: Path) -> list[str]:
+    """Return the folder and those above it that are not there, the lowest first."""
+    found = []
+    while not folder.exists():
+        found.append(str(folder))
+        folder = folder.parent
+    return found
+
+
+class Watch:
+    """Looks on while a program runs; this one does nothing."""
+
+    def hear(self, piece: bytes) -> None:
+        """Take a piece of its output, in another thread."""
+
+    def look(self) -> None:
+        """Have a look around, every now and then."""
+
+
+def call(argv: list[str], timeout_s: float, watch: Watch | None = None) -> str:
     """Run a program and return its output.
 
     It is ended when it takes too long, and when nobody waits for our answer any more: a connection that
     is gone must not leave an installation that goes on by itself.
     """
+    watch = watch or Watch()
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ARRIERO_", "PYTHON", "VIRTUAL_ENV"))}
     kept = bytearray()
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean, cwd="/"
     )
     assert process.stdout is not None
-    reader = threading.Thread(target=_keep_end, args=(process.stdout, kept), daemon=True)
+    reader = threading.Thread(target=_keep_end, args=(process.stdout, kept, watch), daemon=True)
     reader.start()
     asker = select.poll()
     asker.register(1, select.POLLERR | select.POLLHUP)
@@ -228,6 +305,7 @@ def call(argv: list[str], timeout_s: float) -> str:
                 raise Refused(
                     "INSTALL_FAILED", f"{_name(argv)} took more than {timeout_s:g} s", **_last(kept)
                 )
+            watch.look()
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:
@@ -250,8 +328,9 @@ def _tell(argv: list[str], code: int, kept: bytearray) -> NoReturn:
     raise Refused("INSTALL_FAILED", f"{_name(argv)} failed with exit code {code}: {said}", **_last(kept))
 
 
-def _keep_end(stream: Any, kept: bytearray) -> None:
+def _keep_end(stream: Any, kept: bytearray, watch: Watch) -> None:
     while piece := stream.read1(65536):
+        watch.hear(piece)
         kept += piece
         del kept[:-LAST_BYTES]
     stream.close()

@@ -10,8 +10,6 @@ import hashlib
 import importlib.metadata
 import io
 import re
-import sys
-import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Final
 
 import arriero
 from arriero.contracts.errors import ErrorCode, fail
+from arriero.runtime import pip_wheel
 
 #: The same for every file, so that the same content gives the same wheel.
 _DATE: Final = (1980, 1, 1, 0, 0, 0)
@@ -75,18 +74,11 @@ def pack_pip(folder: Path) -> Packed:
 
     Raises INSTALL_FAILED if there is none.
     """
-    # Where we were ourselves installed by another arriero, it left the one that it carried.
-    carried = Path(sys.prefix).resolve().parent.parent / "carried"
-    bundles = [
-        sysconfig.get_config_var("WHEEL_PKG_DIR"),
-        Path(sysconfig.get_path("stdlib")) / "ensurepip/_bundled",
-    ]
     try:
         pip = importlib.metadata.distribution("pip")
         version, content = pip.version, _wheel(_files_of(pip), "pip", pip.version)
     except importlib.metadata.PackageNotFoundError:
-        places = [carried, *(Path(place) for place in bundles if place)]
-        found = next((path for place in places for path in sorted(place.glob("pip-*.whl"))), None)
+        found = pip_wheel.find()
         if found is None:
             fail(
                 ErrorCode.INSTALL_FAILED,

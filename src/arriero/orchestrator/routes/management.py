@@ -19,24 +19,18 @@ from arriero.contracts.records import (
     WorkerList,
     WorkerRecord,
 )
-from arriero.contracts.requests import DownloadBody, SpawnBody, TaskBody
+from arriero.contracts.requests import DownloadBody, SpawnBody, SpawnOnNode, TaskBody
 from arriero.contracts.states import DownloadState
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain.placement import Wants, labels_of
 from arriero.orchestrator import metrics
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.routes.nodes import node_routes
-from arriero.orchestrator.routes.streams import decode_strictly
+from arriero.runtime import bodies
 
 #: `all=1` in a query.
 All: TypeAlias = Annotated[int, QueryParameter(name="all")]
 Asked: TypeAlias = Request[Any, Any, Any]
-
-
-class SpawnOnNode(SpawnBody, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`POST /v1/workers` of the orchestrator: the agent's body, and where."""
-
-    node: str | None = None
 
 
 class OpenAiModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +100,7 @@ def _placement_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/placements:explain", status_code=200)
     async def explain(request: Asked) -> PlacementExplained:
         """Say where a request would go now, and why nowhere else."""
-        body: TaskBody = decode_strictly(await request.body(), TaskBody)
+        body = bodies.decode(await request.body(), TaskBody)
         model = body.model or o.settings.default_model
         refs.parse(model)
         wants = Wants(model, body.node, body.backend, body.device, labels=labels_of(body.labels))
@@ -131,13 +125,12 @@ def _worker_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
 
     @post("/v1/workers", status_code=202)
     async def spawn(request: Asked, node: FromQuery[str | None] = None) -> WorkerRecord:
-        """Start a worker; it comes back `starting`."""
-        asked: SpawnOnNode = decode_strictly(await request.body(), SpawnOnNode)
-        given = msgspec.to_builtins(asked)
-        on_node = node or given.pop("node", None)
-        given.pop("node", None)
-        await o.scheduler.joined(on_node)
-        record = await o.provisioner.spawn(msgspec.convert(given, SpawnBody), on_node)
+        """Start a worker, where idle ones make room if there is none; it comes back `starting`."""
+        asked = bodies.decode(await request.body(), SpawnOnNode)
+        body = SpawnBody(**{name: getattr(asked, name) for name in SpawnBody.__struct_fields__})
+        on_node, labels = node or asked.node, labels_of(asked.labels)
+        await o.scheduler.joined(on_node, labels)
+        record = await o.provisioner.spawn(body, on_node, labels)
         return o.registry.public(record)
 
     @get("/v1/workers/{worker_id:str}")
@@ -170,7 +163,7 @@ def _download_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/downloads", status_code=202)
     async def start_download(request: Asked) -> DownloadAccepted:
         """Begin to fetch a model onto a node."""
-        body: DownloadBody = decode_strictly(await request.body(), DownloadBody)
+        body = bodies.decode(await request.body(), DownloadBody)
         refs.parse(body.model_ref)
         await o.scheduler.joined(body.node)
         node = o.node_for_download(Wants(body.model_ref, body.node))

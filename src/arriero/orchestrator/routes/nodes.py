@@ -3,18 +3,22 @@
 What takes long is an event stream of its steps (`followed`); all that can be refused before is.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, TypeAlias, cast
 
 from litestar import Request, delete, get, patch, post
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.events import NodeDone
 from arriero.contracts.records import FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 from arriero.orchestrator.core import Orchestrator
-from arriero.orchestrator.routes.followed import Followed, Work
-from arriero.orchestrator.routes.streams import decode_strictly
+from arriero.orchestrator.reach import told_of_node
+from arriero.orchestrator.routes.followed import Followed, Tell, Work
+from arriero.runtime import bodies
 
 Asked: TypeAlias = Request[Any, Any, Any]
 LOG_LINES_MAX: Final = 100_000
@@ -25,8 +29,24 @@ def node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
     return [*_looking(o), *_changing(o), *_working(o)]
 
 
-def _followed(o: Orchestrator, work: Work) -> ASGIApp:
-    return cast("ASGIApp", Followed(work, stop=o.stop))
+@contextlib.contextmanager
+def _of(name: str) -> Iterator[None]:
+    """Have whatever fails within give advice for that node."""
+    try:
+        yield
+    except ArrieroError as error:
+        told_of_node(error, name)
+        raise
+
+
+def _followed(o: Orchestrator, work: Work, *, name: str | None = None) -> ASGIApp:
+    """Return what does a piece of work; `name`: to a node that is registered."""
+
+    async def done(tell: Tell) -> NodeDone:
+        with _of(name) if name is not None else contextlib.nullcontext():
+            return await work(tell)
+
+    return cast("ASGIApp", Followed(done, stop=o.stop))
 
 
 def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -43,7 +63,8 @@ def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
     @get("/v1/nodes/{name:str}/doctor")
     async def doctor(name: FromPath[str]) -> FindingList:
         """Look over a machine behind SSH for what is wrong with it."""
-        return FindingList(await o.upkeep.doctor(name))
+        with _of(name):
+            return FindingList(await o.upkeep.doctor(name))
 
     @get("/v1/nodes/{name:str}/logs", media_type="text/plain; charset=utf-8")
     async def logs(name: FromPath[str], lines: FromQuery[int] = 100) -> bytes:
@@ -52,7 +73,8 @@ def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
             fail(
                 ErrorCode.INVALID_REQUEST, f"lines: {lines} is not within 1 … {LOG_LINES_MAX}", param="lines"
             )
-        return await o.upkeep.logs(name, lines)
+        with _of(name):
+            return await o.upkeep.logs(name, lines)
 
     return [list_nodes, get_node, doctor, logs]
 
@@ -61,7 +83,7 @@ def _changing(o: Orchestrator) -> list[ControllerRouterHandler]:
     @patch("/v1/nodes/{name:str}")
     async def update(request: Asked, name: FromPath[str]) -> NodeRecord:
         """Change labels, address, key, accepted host key or hardware address of a machine."""
-        body: NodeUpdateBody = decode_strictly(await request.body(), NodeUpdateBody)
+        body = bodies.decode(await request.body(), NodeUpdateBody)
         return (await o.membership.update(name, body)).record()
 
     @post("/v1/nodes/{name:str}/undrain", status_code=200)
@@ -76,7 +98,7 @@ def _working(o: Orchestrator) -> list[ControllerRouterHandler]:
     @post("/v1/nodes", status_code=200)
     async def add(request: Asked) -> ASGIApp:
         """Have a machine join: an event stream of steps, at its end the machine."""
-        body: NodeAddBody = decode_strictly(await request.body(), NodeAddBody)
+        body = bodies.decode(await request.body(), NodeAddBody)
         o.adding.check(body)
         return _followed(o, lambda tell: o.adding.add(body, tell))
 
@@ -84,14 +106,14 @@ def _working(o: Orchestrator) -> list[ControllerRouterHandler]:
     async def drain(name: FromPath[str], wait_s: FromQuery[float | None] = None) -> ASGIApp:
         """Give a machine no new work, and wait up to `wait_s` for what runs there: steps as events."""
         o.registry.node(name)
-        return _followed(o, lambda tell: o.upkeep.drain(name, tell, wait_s=wait_s))
+        return _followed(o, lambda tell: o.upkeep.drain(name, tell, wait_s=wait_s), name=name)
 
     @post("/v1/nodes/{name:str}/upgrade", status_code=200)
     async def upgrade(name: FromPath[str], carry: FromQuery[bool] = False) -> ASGIApp:
         """Bring a machine to the orchestrator's version: an event stream of steps."""
         o.membership.remote(name)
         grace_s = o.settings.stop_grace_s
-        return _followed(o, lambda tell: o.upkeep.upgrade(name, tell, carry=carry, wait_s=grace_s))
+        return _followed(o, lambda tell: o.upkeep.upgrade(name, tell, carry=carry, wait_s=grace_s), name=name)
 
     @delete("/v1/nodes/{name:str}", status_code=200)
     async def remove(
@@ -99,6 +121,6 @@ def _working(o: Orchestrator) -> list[ControllerRouterHandler]:
     ) -> ASGIApp:
         """Stop what we started on a machine and forget it: an event stream of steps."""
         o.membership.remote(name)
-        return _followed(o, lambda tell: o.upkeep.remove(name, tell, purge=purge, force=force))
+        return _followed(o, lambda tell: o.upkeep.remove(name, tell, purge=purge, force=force), name=name)
 
     return [add, drain, upgrade, remove]

@@ -8,8 +8,8 @@ from typing import Any, Final
 import msgspec
 from litestar import Litestar
 
-from arriero.contracts.requests import TaskBody
-from arriero.orchestrator.routes.streams import STREAM_ROUTES
+from arriero.contracts.requests import Place, TaskBody
+from arriero.orchestrator.routes.streams import RELAYED, STREAM_ROUTES
 
 #: Methods that a route for any method is described with.
 _ANY: Final = ("get", "post", "delete")
@@ -18,18 +18,20 @@ _ANY: Final = ("get", "post", "delete")
 def document(app: Litestar) -> bytes:
     """Return the OpenAPI description as JSON."""
     schema: dict[str, Any] = app.openapi_schema.to_schema()
-    (task_schema,), components = msgspec.json.schema_components(
-        [TaskBody], ref_template="#/components/schemas/{name}"
+    (task_schema, place_schema), components = msgspec.json.schema_components(
+        [TaskBody, Place], ref_template="#/components/schemas/{name}"
     )
     schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    relayed = {"type": "object", "properties": {"arriero": place_schema}}
+    bodies = {"/v1/tasks": task_schema, **dict.fromkeys(RELAYED, relayed)}
     for path, methods, summary in STREAM_ROUTES:
         row = schema["paths"].setdefault(path, {})
         for method in _ANY if methods == "ANY" else (methods.lower(),):
-            row[method] = _operation(path, method, summary, task_schema)
+            row[method] = _operation(path, method, summary, bodies.get(path, {"type": "object"}))
     return msgspec.json.encode(schema)
 
 
-def _operation(path: str, method: str, summary: str, task_schema: dict[str, Any]) -> dict[str, Any]:
+def _operation(path: str, method: str, summary: str, body: dict[str, Any]) -> dict[str, Any]:
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     operation: dict[str, Any] = {
         "summary": summary,
@@ -40,6 +42,5 @@ def _operation(path: str, method: str, summary: str, task_schema: dict[str, Any]
         "responses": {"default": {"description": "See docs/reference/http.md."}},
     }
     if method == "post":
-        schema = task_schema if path == "/v1/tasks" else {"type": "object"}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     return operation

@@ -4,7 +4,7 @@ The OpenAI routes, task events, the live feed, and what is passed on to workers 
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 from urllib.parse import parse_qs, quote, urlencode
 
 import msgspec
@@ -16,17 +16,19 @@ from arriero.orchestrator.exchange import header, read_body, remaining_ms, reque
 from arriero.orchestrator.proxy import AGENT_CODES
 from arriero.orchestrator.task import Task, events_after, frames
 from arriero.orchestrator.upstream import Address
+from arriero.runtime import bodies
 from arriero.runtime.asgi import AsgiApp, Receive, Scope, Send, SseResponse, send_error
 
 Handler: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-_RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+RELAYED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+_PLACE: Final = "; an object `arriero` in the body says where: `node`, `backend`, `device`, `labels`."
 #: What an agent's routes begin with that anybody may ask for through us.
 _PASSED_ON: Final = (["v1", "models"], ["v1", "engines"])
 #: Path, method and purpose of the routes that are answered here and not by the management routes.
 STREAM_ROUTES: Final = (
-    ("/v1/chat/completions", "POST", "OpenAI's chat, streamed or not."),
-    ("/v1/completions", "POST", "OpenAI's completions, streamed or not."),
-    ("/v1/embeddings", "POST", "OpenAI's embeddings."),
+    ("/v1/chat/completions", "POST", f"OpenAI's chat, streamed or not{_PLACE}"),
+    ("/v1/completions", "POST", f"OpenAI's completions, streamed or not{_PLACE}"),
+    ("/v1/embeddings", "POST", f"OpenAI's embeddings{_PLACE}"),
     ("/v1/downloads/progress", "GET", "Follow a download (`download_id`) as events."),
     ("/v1/downloads/{download_id}/progress", "GET", "Follow a download as events."),
     ("/v1/events", "GET", "Follow nodes, workers and tasks as events."),
@@ -48,9 +50,7 @@ class Front:
     def __init__(self, orchestrator: Orchestrator, management: AsgiApp) -> None:
         self._o = orchestrator
         self._management = management
-        self._exact: dict[tuple[str, str], Handler] = {
-            ("POST", path): orchestrator.relay for path in _RELAYED
-        }
+        self._exact: dict[tuple[str, str], Handler] = {("POST", path): orchestrator.relay for path in RELAYED}
         self._exact["POST", "/v1/tasks"] = self._post_task
         self._exact["GET", "/v1/events"] = self._feed
         self._exact["GET", "/v1/downloads/progress"] = self._download_progress
@@ -87,7 +87,7 @@ class Front:
     # --- Tasks ---------------------------------------------------------------------------
 
     async def _post_task(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = decode_strictly(await read_body(receive), TaskBody)
+        body = bodies.decode(await read_body(receive), TaskBody)
         is_owned = "text/event-stream" in header(scope, b"accept")
         accepted = await self._o.tasks.accept(
             body,
@@ -174,21 +174,6 @@ class Front:
 def _query(scope: Scope) -> str:
     query = scope.get("query_string", b"").decode("latin-1")
     return f"?{query}" if query else ""
-
-
-def decode_strictly(content: bytes, kind: type[Any]) -> Any:
-    """Return a JSON body as `kind`.  Raises INVALID_REQUEST with the field and the reason."""
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.ValidationError as error:
-        reason, _, where = str(error).partition(" - at ")
-        field = where.strip("`$.") or None
-        if field is None and "`" in reason:
-            # Unknown and missing fields are named in the text alone.
-            field = reason.split("`")[1]
-        raise ArrieroError(ErrorCode.INVALID_REQUEST, str(error)[:500], param=field, reason=reason) from error
-    except msgspec.DecodeError as error:
-        raise ArrieroError(ErrorCode.INVALID_REQUEST, f"the body is no JSON: {error}"[:300]) from error
 
 
 async def send_json(send: Send, status: int, value: object, *headers: tuple[bytes, bytes]) -> None:

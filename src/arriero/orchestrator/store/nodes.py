@@ -7,6 +7,7 @@ from typing import Final, Self
 
 import msgspec
 
+from arriero.contracts.errors import ErrorCode, fail
 from arriero.contracts.fence import HOLDER_DIGITS, holder_id
 from arriero.contracts.records import Capabilities
 from arriero.runtime.entropy import Entropy
@@ -14,6 +15,9 @@ from arriero.runtime.sqlite import Database
 
 #: Fencing numbers are taken from the disk so many at a time: a herd that reconnects costs few writes.
 LEASES_AT_A_TIME: Final = 256
+#: No orchestrator is ahead of another by so many connections.  The numbers of all nodes come from one
+#: counter, and are not unending: a single machine must not use them up for all.
+LEAP_MAX: Final = 2**32
 
 
 class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,12 +42,12 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
 class NodeStore:
     """The table of nodes, and the numbers of leases.  What a method acknowledged is on disk."""
 
-    def __init__(self, database: Database, holder_id: str) -> None:
+    def __init__(self, database: Database, holder_id: str, lease: int) -> None:
         self._database = database
         #: Who we are to the agents: another orchestrator has another one.
         self.holder_id = holder_id
-        self._lease = 0
-        self._reserved = 0
+        self._lease = lease
+        self._reserved = lease
 
     @classmethod
     async def open(cls, database: Database, entropy: Entropy) -> Self:
@@ -52,9 +56,9 @@ class NodeStore:
             "INSERT OR IGNORE INTO holder (only_row, holder_id, next_lease) VALUES (1, ?, 1)",
             (holder_id(entropy.hex(HOLDER_DIGITS)),),
         )
-        row = await database.fetch_one("SELECT holder_id FROM holder")
+        row = await database.fetch_one("SELECT holder_id, next_lease FROM holder")
         assert row is not None, "it was put there just now"
-        return cls(database, row["holder_id"])
+        return cls(database, row["holder_id"], row["next_lease"] - 1)
 
     async def entries(self) -> list[NodeEntry]:
         """Return all entries by name."""
@@ -80,8 +84,16 @@ class NodeStore:
     async def next_lease(self, above: int = 0) -> int:
         """Return a fencing number larger than all before, also those of earlier processes, and than `above`.
 
-        `above`: what a node was held under by another orchestrator.
+        `above`: what a node was held under by another orchestrator.  Raises LEASE_SUPERSEDED if none can
+        have come that far.
         """
+        if above - self._lease > LEAP_MAX:
+            fail(
+                ErrorCode.LEASE_SUPERSEDED,
+                f"the node says that it is held under number {above}: none can have come so far",
+                suggested_action="its file lease.json is damaged, or it is not what it seems: end its agent, "
+                "remove the file and start it again",
+            )
         self._lease = max(self._lease, above)
         while self._lease >= self._reserved:
             first = await self._database.transaction(partial(_reserve, self._lease + 1))
