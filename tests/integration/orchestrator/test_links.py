@@ -11,7 +11,7 @@ from arriero.contracts.events import AgentSnapshot, WorkerChanged
 from arriero.contracts.fence import FENCE_NUMBER_MAX
 from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
-from arriero.fabrics.base import Connection, NodeAddress
+from arriero.fabrics.base import Connection, NodeAddress, OnRetry
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
@@ -336,7 +336,7 @@ class Slow:
         self.connection = Kept(SystemEntropy(), Path())
         self.asked = asyncio.Event()
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Return the one connection."""
         return self.connection
 
@@ -354,7 +354,7 @@ class Restarting:
         self._code = code
         self.left = attempts
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Fail so often."""
         if self.left:
             self.left -= 1
