@@ -65,13 +65,15 @@ class Scheduler:
         *,
         beat_s: float,
         join_s: float,
+        connect_s: float,
     ) -> None:
         self._registry = registry
         self._provisioner = provisioner
         self._clock = clock
         self._beat_s = beat_s
-        # So long after our own start the agent may not have been found yet.
+        # So long after our own start the agent may not have been found yet, and a machine not been reached.
         self._join_until_s = clock.monotonic_s() + join_s
+        self._connect_until_s = clock.monotonic_s() + max(connect_s, join_s)
         self._widen_from_s = 0.0
         self._log = logs.get("arriero.placement")
 
@@ -173,19 +175,25 @@ class Scheduler:
     async def joined(self, name: str | None, labels: Sequence[tuple[str, str]] = ()) -> None:
         """Right after our start, wait for the node that is asked for, or for any with these labels."""
         while not self._has_joined(name, labels):
-            left_s = self._join_until_s - self._clock.monotonic_s()
+            is_tried = NodeState.JOINING in self._meant(name, labels)
+            until_s = self._connect_until_s if is_tried else self._join_until_s
+            left_s = until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
 
     def _has_joined(self, name: str | None, labels: Sequence[tuple[str, str]]) -> bool:
+        meant = self._meant(name, labels)
         if name is not None:
-            node = self._registry.find(name)
-            return node is not None and node.state is not NodeState.JOINING
-        meant = [
-            node.state for node in self._registry.nodes() if set(labels) <= set(node.entry.labels.items())
-        ]
+            return bool(meant) and NodeState.JOINING not in meant
         # Registered machines are connected to one by one: others being ready says nothing of these.
         return NodeState.READY in meant or (self._registry.is_ready() and NodeState.JOINING not in meant)
+
+    def _meant(self, name: str | None, labels: Sequence[tuple[str, str]]) -> list[NodeState]:
+        if name is not None:
+            node = self._registry.find(name)
+            return [node.state] if node is not None else []
+        nodes = self._registry.nodes()
+        return [node.state for node in nodes if set(labels) <= set(node.entry.labels.items())]
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         job.followers += 1
