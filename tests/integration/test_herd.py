@@ -13,7 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentEvent, AgentSnapshot
 from arriero.contracts.records import Capabilities, ModelList, WorkerList
 from arriero.contracts.states import NodeState
-from arriero.fabrics.base import Connection, NodeAddress
+from arriero.fabrics.base import Connection, NodeAddress, OnRetry
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
 from arriero.orchestrator.nodes import NodeRegistry
@@ -93,8 +93,8 @@ class _FirstIsGone(HerdFabric):
 
     made = 0
 
-    async def connect(self, address: NodeAddress) -> Connection:
-        connection = await super().connect(address)
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+        connection = await super().connect(address, on_retry)
         self.made += 1
         if self.made == 1:
             await connection.aclose()
@@ -112,7 +112,9 @@ async def test_a_line_that_is_gone_from_its_beginning_is_made_anew(herd: Herd, t
             registry = NodeRegistry(clock, Feed())
             node = registry.add(entry)
             reach = SshReach(entry, fabric, http, leases, clock)
-            link = NodeLink(registry, reach, clock, entropy, node_timeout_s=3, name=entry.name)
+            link = NodeLink(
+                registry, reach, clock, entropy, node_timeout_s=3, connect_timeout_s=10, name=entry.name
+            )
             async with asyncio.TaskGroup() as group:
                 holding = group.create_task(link.run())
                 while node.state is not NodeState.READY:

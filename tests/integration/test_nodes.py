@@ -208,6 +208,9 @@ def test_what_cannot_join_is_told_and_not_registered(
     done = home.run("nodes", "add", "far", *words, "--json")
     assert (done.code, done.json["error"]["code"]) == (1, code), done
     assert done.json["error"]["details"]["suggested_action"]
+    # A machine that is silent is waited for half a minute: a person hears of each attempt.
+    tries = done.err.count(f"{done.json['error']['message']}: tries again")
+    assert tries == (2 if code == "NODE_UNREACHABLE" else 0), done.err
     if home.state.running("orchestrator") is not None:
         names = [each["name"] for each in home.run("nodes", "list", "--json").json["nodes"]]
         assert "far" not in names

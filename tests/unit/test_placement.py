@@ -1,5 +1,7 @@
 """What holds for every choice of a worker and of a node."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,6 +9,7 @@ from arriero.contracts.errors import ErrorCode
 from arriero.contracts.records import DeviceRecord
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import NodeView, Wants, WorkerView, choose_node, choose_worker
+from arriero.domain.placement_workers import keeps_pace, widened
 from arriero.domain.worker_states import READY
 
 NAMES = st.sampled_from(["andes", "bolivia", "cusco"])
@@ -103,6 +106,26 @@ def test_ready_goes_before_free_goes_before_queue() -> None:
     assert choose_worker([loading, full, fuller, free], Wants("demo")).worker_id == "w-4"
     waited_for = choose_worker([loading], Wants("demo"))
     assert (waited_for.worker_id, waited_for.is_ready) == ("w-1", False)
+
+
+def test_one_more_machine_is_wanted_where_all_slots_are_taken_and_none_loads() -> None:
+    full, free = _worker("w-1", WorkerState.BUSY, free=0), _worker("w-2", WorkerState.BUSY, free=1)
+    wants = Wants("demo", labels=(("room", "attic"),))
+    wider = widened(full, [full], wants)
+    assert wider == replace(wants, excluded=frozenset({"andes"}))
+    assert widened(free, [full, free], wants) is None
+    loading = replace(_worker("w-3", WorkerState.LOADING), node="bolivia")
+    assert widened(full, [full, loading], wants) is None
+    # What a machine loads that nobody reaches is not waited for; that machine may be asked again.
+    lost = replace(loading, node_state=NodeState.UNREACHABLE)
+    assert widened(full, [full, lost], wants) == wider
+
+
+def test_a_machine_without_accelerator_does_not_help_one_that_has_one() -> None:
+    cpu = _worker("w-1")
+    cuda = replace(cpu, backend="cuda", device="cuda:0")
+    assert [keeps_pace(cpu, backends) for backends in (["cpu"], ["cpu", "cuda"])] == [True, True]
+    assert [keeps_pace(cuda, backends) for backends in (["cpu"], ["cpu", "metal"])] == [False, True]
 
 
 def test_a_refusal_of_a_node_tells_numbers_and_the_code_that_fits() -> None:

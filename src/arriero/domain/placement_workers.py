@@ -6,11 +6,12 @@ Feasible, ranked, chosen.  Ties break by id, so the answer does not depend on th
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from arriero.contracts.errors import ErrorCode
 from arriero.contracts.states import NodeState, WorkerState
+from arriero.domain.engine_builds import CPU
 from arriero.domain.placement_wants import Refusal, Wants, count, missing_labels
 from arriero.domain.worker_states import READY
 
@@ -107,6 +108,27 @@ def speed_class(tokens_per_s: float) -> int:
     if tokens_per_s <= 0:
         return _NEVER_MEASURED
     return round(_SPEED_STEPS * math.log2(tokens_per_s))
+
+
+def widened(best: WorkerView, workers: Iterable[WorkerView], wants: Wants) -> Wants | None:
+    """Return where one more worker of a model is wanted, whose slots are all taken; None: none is.
+
+    `best`: the worker that takes the request all the same; the new one is for those that come later.  It
+    goes to a node that has none: a second one beside the first would share what that computes with.  One
+    that loads already is waited for.
+    """
+    others = [worker for worker in workers if worker.node_state is NodeState.READY]
+    if best.slots_free > 0 or any(worker.state in _WAITED_FOR for worker in others):
+        return None
+    return replace(wants, excluded=frozenset(worker.node for worker in others))
+
+
+def keeps_pace(best: WorkerView, backends: Iterable[str]) -> bool:
+    """Return whether a node of these backends may help `best`: none without an accelerator helps one.
+
+    Who comes later is sent to whatever slot is free, and would get a far slower answer than in the queue.
+    """
+    return best.backend == CPU or any(backend != CPU for backend in backends)
 
 
 def _worker_message(worker: WorkerView) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NoReturn, Protocol, TypeAlias
 from urllib.parse import quote
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 
 ACCEPTED_FORMS: Final = "host, user@host, user@host:port, ssh://user@host:port, ssh://user@[::1]:2222"
 ADDRESS_LENGTH_MAX: Final = 512
@@ -277,11 +277,15 @@ class Connection(Protocol):
         ...
 
 
+#: Hears why an attempt failed.
+OnRetry: TypeAlias = Callable[[ArrieroError], None]
+
+
 class Fabric(Protocol):
     """A way to reach machines."""
 
-    async def connect(self, address: NodeAddress) -> Connection:
-        """Return a connection to a machine.
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+        """Return a connection to a machine; `on_retry` hears why an attempt failed that another one follows.
 
         Raises NODE_UNREACHABLE, SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, SSH_HOST_KEY_UNKNOWN,
         SSH_HOST_KEY_CHANGED.

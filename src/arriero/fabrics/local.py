@@ -17,6 +17,7 @@ from arriero.fabrics.base import (
     HostPort,
     LocalEnd,
     NodeAddress,
+    OnRetry,
     SocketPath,
 )
 from arriero.fabrics.outcome import Kept, checked, not_ended
@@ -38,7 +39,7 @@ class LocalFabric:
         self._entropy = entropy
         self._home = home
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Return a connection to this machine."""
         return LocalConnection(self._entropy, self._home or Path.home())
 

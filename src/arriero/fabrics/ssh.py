@@ -10,7 +10,7 @@ from typing import Final, cast
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.domain import backoff
-from arriero.fabrics.base import Connection, NodeAddress
+from arriero.fabrics.base import Connection, NodeAddress, OnRetry
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -41,9 +41,10 @@ class SshFabric:
         self._sockets_dir = sockets_dir
         self._connect_timeout_s = connect_timeout_s
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Return a connection to a machine, after up to three attempts where it does not answer.
 
+        `on_retry` hears why one failed, before the next.
         Raises SSH_HOST_KEY_UNKNOWN or SSH_HOST_KEY_CHANGED (details: fingerprint, key_type),
         SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, NODE_UNREACHABLE; INVALID_SETTINGS if ~/.ssh/config cannot be read.
         """
@@ -69,6 +70,8 @@ class SshFabric:
                 if attempt == ATTEMPTS:
                     error.details["attempts"] = attempt
                     raise
+                if on_retry is not None:
+                    on_retry(error)
             await self._clock.sleep_s(backoff.delay_s(attempt, self._entropy.chance(), RETRY_BASE_S))
             attempt += 1
 

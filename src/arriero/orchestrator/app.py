@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+from pathlib import Path
 from typing import Final, cast
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -28,6 +29,7 @@ from arriero.runtime.clock import Clock, SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.runtime.http import Http
 from arriero.runtime.litestar_app import make_app
+from arriero.runtime.log_files import rotate
 from arriero.runtime.serve import bind, serve, url_of
 from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir, run_identity
@@ -39,6 +41,8 @@ ROLE: Final = "orchestrator"
 LAST_WORDS_S: Final = 2.0
 #: Beyond an agent's own grace time, for ending it.
 AGENT_EXTRA_S: Final = 15.0
+#: Between two looks at how large our own log is.
+LOG_LOOK_S: Final = 60.0
 _IDLE_CHECKS: Final = 20
 
 
@@ -159,6 +163,7 @@ async def _serve(
         await o.tasks.resume()
 
     group.create_task(_end_in_time(o, settings.stop_grace_s), name="end-in-time")
+    group.create_task(_keep_log_small(folder.log_file(ROLE), settings.log_bytes_max, o.clock), name="log")
     if is_background and settings.orchestrator_idle_s > 0:
         group.create_task(_leave_when_idle(o, o.clock, settings.orchestrator_idle_s), name="leave-when-idle")
     management = make_app(handlers(o), title="arriero orchestrator", openapi_path="/schema")
@@ -188,6 +193,12 @@ async def _drain_tasks(o: Orchestrator) -> None:
     """Wait for tasks that nobody is connected to; `_end_in_time` ends them after the grace time."""
     while len(o.tasks):
         await o.clock.sleep_s(0.02)
+
+
+async def _keep_log_small(path: Path, bytes_max: int, clock: Clock) -> None:
+    while True:
+        await asyncio.to_thread(rotate, path, bytes_max)
+        await clock.sleep_s(LOG_LOOK_S)
 
 
 async def _leave_when_idle(o: Orchestrator, clock: Clock, idle_s: float) -> None:

@@ -113,12 +113,16 @@ def assemble(
     registry = NodeRegistry(clock, feed, wake_cost_s=settings.wake_cost_s)
     membership = Membership(
         registry, node_store, fabric, http, group, clock, entropy,
-        node_timeout_s=settings.node_timeout_s, machines=machines, stop=stop,
+        node_timeout_s=settings.node_timeout_s, connect_timeout_s=settings.connect_timeout_s,
+        machines=machines, stop=stop,
     )  # fmt: skip
     upstreams = Upstreams(clock, entropy, connect_timeout_s=settings.connect_timeout_s)
     courier = Courier(upstreams)
     provisioner = ModelProvisioner(registry, RoomFinder(registry, clock, settings), group, clock)
-    scheduler = Scheduler(registry, provisioner, clock, beat_s=BEAT_S, join_s=settings.node_timeout_s)
+    scheduler = Scheduler(
+        registry, provisioner, clock, beat_s=BEAT_S,
+        join_s=settings.node_timeout_s, connect_s=settings.connect_timeout_s,
+    )  # fmt: skip
     exchanges = Exchanges(clock)
     counters = Counters()
     stall_s = settings.stream_stall_s

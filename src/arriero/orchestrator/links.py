@@ -84,6 +84,7 @@ class NodeLink:
         entropy: Entropy,
         *,
         node_timeout_s: float,
+        connect_timeout_s: float,
         name: str | None = None,
         revive: Revive | None = None,
     ) -> None:
@@ -93,6 +94,7 @@ class NodeLink:
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
         self._missed_s = MISSED_SHARE * node_timeout_s
+        self._first_s = max(connect_timeout_s, self._missed_s)
         self._name = name
         self._revive = revive
         self._log = logs.get("arriero.nodes")
@@ -295,12 +297,16 @@ class NodeLink:
     async def _watch_silence(self) -> None:
         while True:
             silence_s = self._clock.monotonic_s() - self._last_heard_s
-            if self._node is not None and silence_s >= self._missed_s:
+            # Nobody misses a machine yet that is connected to for the first time: a slow one takes its time.
+            is_first = not self._was_held and self._error is None
+            limit_s = self._first_s if is_first else self._missed_s
+            if self._node is not None and silence_s >= limit_s:
                 silent = ArrieroError(
                     ErrorCode.NODE_UNREACHABLE, f"silent for {self._missed_s:.3g} s", node=self._node.name
                 )
                 self._registry.unreachable(self._node, self._error or silent)
-            due_s = self._missed_s - silence_s
+            # That it failed may be known sooner.
+            due_s = min(limit_s - silence_s, self._missed_s)
             await self._clock.sleep_s(due_s if due_s > 0 else min(0.5, self._missed_s))
 
 

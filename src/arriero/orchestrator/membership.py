@@ -39,6 +39,7 @@ class Membership:
         entropy: Entropy,
         *,
         node_timeout_s: float,
+        connect_timeout_s: float,
         machines: Machines,
         stop: asyncio.Event,
     ) -> None:
@@ -50,6 +51,7 @@ class Membership:
         self._clock = clock
         self._entropy = entropy
         self._node_timeout_s = node_timeout_s
+        self._connect_timeout_s = connect_timeout_s
         self._machines = machines
         self._stop = stop
         self._log = logs.get("arriero.nodes")
@@ -101,6 +103,7 @@ class Membership:
             self._clock,
             self._entropy,
             node_timeout_s=self._node_timeout_s,
+            connect_timeout_s=self._connect_timeout_s,
             name=name,
             revive=revive,
         )

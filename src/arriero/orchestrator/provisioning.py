@@ -215,7 +215,9 @@ class ModelProvisioner:
         async def find(wants: Wants, learned_mb: int | None) -> Found:
             job.is_waiting = True
             try:
-                return await self.room.find(wants, job.tell, learned_mb=learned_mb)
+                # Room that nobody waits for is not made.
+                may_wait = job.followers > 0
+                return await self.room.find(wants, job.tell, learned_mb=learned_mb, may_wait=may_wait)
             finally:
                 job.is_waiting = False
 

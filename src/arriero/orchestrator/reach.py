@@ -370,7 +370,9 @@ async def connected(
         await asyncio.to_thread(check_key_file, address.key_path)
         tell(NodeStep(step="key", message=f"the key {address.key_path} is there and nobody else's to read"))
     tell(NodeStep(step="connect", message=f"connects to {address}"))
-    connection = await fabric.connect(address)
+    connection = await fabric.connect(
+        address, lambda error: tell(NodeStep(step="connect", message=f"{error.message}: tries again"))
+    )
     tell(NodeStep(step="login", message=f"{address} let us in; its host key is the one that is known"))
     try:
         yield connection

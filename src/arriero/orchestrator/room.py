@@ -117,6 +117,12 @@ class RoomFinder:
                 return chosen_node(view, able, None)
         return no_node(self.views.nodes(), wants, None, facts)
 
+    def spare(self, wants: Wants) -> NodeView | None:
+        """Return a node that has the model and room for one more worker, so that nobody has to go for it."""
+        facts, needed = self.views.facts(wants.model_ref), self.views.needed(wants.model_ref)
+        view = self.views.index.best(wants, needed.full_mb if needed is not None else None, facts)
+        return view if view is not None and facts.is_on(view.name) else None
+
     def foresee(self, wants: Wants) -> Foreseen:
         """Return what would happen to a new worker now."""
         facts, needed = self.views.facts(wants.model_ref), self.views.needed(wants.model_ref)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, TypeAlias
 
@@ -10,18 +11,21 @@ from arriero.contracts.events import TaskDownloading, TaskLoading, TaskPlacing
 from arriero.contracts.records import WorkerExit, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants, WorkerChoice, choose_worker
-from arriero.domain.placement_workers import chosen
+from arriero.domain.placement_workers import WorkerView, chosen, keeps_pace, widened
 from arriero.domain.worker_states import READY, WORKERS
 from arriero.orchestrator.nodes import NodeRegistry
 from arriero.orchestrator.provisioning import Job, ModelProvisioner
 from arriero.orchestrator.upstream import Address
 from arriero.orchestrator.views import PoolViews
+from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 
 #: Between two steps of loading that are told.
 TELL_EVERY_S: Final = 0.1
 #: Workers that end while somebody waits for them, before the wait is given up.
 CHOICES_MAX: Final = 20
+#: Between two looks for one more machine for a model whose slots are all taken.
+WIDEN_EVERY_S: Final = 5.0
 #: After a stream broke: so long the agent has to tell how its worker ended.
 EXIT_NEWS_S: Final = 2.0
 
@@ -61,13 +65,17 @@ class Scheduler:
         *,
         beat_s: float,
         join_s: float,
+        connect_s: float,
     ) -> None:
         self._registry = registry
         self._provisioner = provisioner
         self._clock = clock
         self._beat_s = beat_s
-        # So long after our own start the agent may not have been found yet.
+        # So long after our own start the agent may not have been found yet, and a machine not been reached.
         self._join_until_s = clock.monotonic_s() + join_s
+        self._connect_until_s = clock.monotonic_s() + max(connect_s, join_s)
+        self._widen_from_s = 0.0
+        self._log = logs.get("arriero.placement")
 
     @property
     def requests_in_flight(self) -> int:
@@ -91,11 +99,29 @@ class Scheduler:
         best = self._registry.views.workers.best(wants)
         if best is None or best.state not in READY:
             return None
+        if best.slots_free <= 0:
+            self._widen(best, wants)
         record = self._registry.workers.get(best.worker_id)
         address = self._registry.address(record)
         why = chosen(best).message
         self._registry.views.leased(record.worker_id)
         return Lease(self._registry.views, record, address, why)
+
+    def _widen(self, best: WorkerView, wants: Wants) -> None:
+        """Have another machine begin with a model whose slots are all taken.
+
+        It has the model on its disk, and room for it, so that nobody has to go.
+        """
+        now_s = self._clock.monotonic_s()
+        if wants.node is not None or now_s < self._widen_from_s:
+            return
+        self._widen_from_s = now_s + WIDEN_EVERY_S
+        wider = widened(best, self._registry.views.workers.of_model(wants.model_ref), wants)
+        node = self._provisioner.room.spare(wider) if wider is not None else None
+        if node is None or not keeps_pace(best, node.backends):
+            return
+        self._log.info("all slots are taken", model_ref=wants.model_ref, begins_on=node.name)
+        self._provisioner.job(replace(wants, node=node.name, excluded=frozenset()))
 
     async def lease(self, wants: Wants, say: Say) -> Lease:
         """Return a lease on a worker, as long as it takes to make one; `say` hears each step.
@@ -149,19 +175,25 @@ class Scheduler:
     async def joined(self, name: str | None, labels: Sequence[tuple[str, str]] = ()) -> None:
         """Right after our start, wait for the node that is asked for, or for any with these labels."""
         while not self._has_joined(name, labels):
-            left_s = self._join_until_s - self._clock.monotonic_s()
+            is_tried = NodeState.JOINING in self._meant(name, labels)
+            until_s = self._connect_until_s if is_tried else self._join_until_s
+            left_s = until_s - self._clock.monotonic_s()
             if left_s <= 0 or not await self._changed(left_s):
                 return
 
     def _has_joined(self, name: str | None, labels: Sequence[tuple[str, str]]) -> bool:
+        meant = self._meant(name, labels)
         if name is not None:
-            node = self._registry.find(name)
-            return node is not None and node.state is not NodeState.JOINING
-        meant = [
-            node.state for node in self._registry.nodes() if set(labels) <= set(node.entry.labels.items())
-        ]
+            return bool(meant) and NodeState.JOINING not in meant
         # Registered machines are connected to one by one: others being ready says nothing of these.
         return NodeState.READY in meant or (self._registry.is_ready() and NodeState.JOINING not in meant)
+
+    def _meant(self, name: str | None, labels: Sequence[tuple[str, str]]) -> list[NodeState]:
+        if name is not None:
+            node = self._registry.find(name)
+            return [node.state] if node is not None else []
+        nodes = self._registry.nodes()
+        return [node.state for node in nodes if set(labels) <= set(node.entry.labels.items())]
 
     async def _follow_job(self, job: Job, say: Say) -> str:
         job.followers += 1

@@ -111,7 +111,7 @@ class Settings:
     log_level: str = _s("info", "debug, info, warning or error.")
     log_bytes_max: int = _s(
         10_000_000,
-        "A log of agent or worker is rotated at this size; one older file is kept.",
+        "A log of orchestrator, agent or worker is cut at this size; one older file is kept.",
         unit="bytes",
         low=1000,
     )

@@ -11,7 +11,7 @@ from arriero.contracts.events import AgentSnapshot, WorkerChanged
 from arriero.contracts.fence import FENCE_NUMBER_MAX
 from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
-from arriero.fabrics.base import Connection, NodeAddress
+from arriero.fabrics.base import Connection, NodeAddress, OnRetry
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
@@ -103,11 +103,64 @@ async def test_a_node_whose_connection_is_gone_is_no_choice_from_then_on() -> No
     registry = NodeRegistry(clock, Feed())
     async with Http() as http, asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         node, line = held(registry, "far", http)
-        link = NodeLink(registry, GoneReach(line), clock, SystemEntropy(), node_timeout_s=60, name="far")
+        link = NodeLink(
+            registry,
+            GoneReach(line),
+            clock,
+            SystemEntropy(),
+            node_timeout_s=60,
+            connect_timeout_s=60,
+            name="far",
+        )
         task = group.create_task(link.run())
         while node.state is not NodeState.UNREACHABLE:
             await registry.changed.wait()
         task.cancel()
+
+
+class SlowReach(BrokenReach):
+    """A way to a node that is being looked for until somebody gives up."""
+
+    async def line(self) -> NoReturn:
+        """Never return."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class RefusedReach(BrokenReach):
+    """A way to a node where nobody listens."""
+
+    async def line(self) -> NoReturn:
+        """Be refused."""
+        fail(ErrorCode.NODE_UNREACHABLE, "refused")
+
+
+@pytest.mark.parametrize("connect_timeout_s", [0.05, 60.0])
+async def test_a_machine_is_missed_the_first_time_when_connecting_to_it_took_too_long(
+    connect_timeout_s: float,
+) -> None:
+    clock = SystemClock()
+    registry = NodeRegistry(clock, Feed())
+    nodes = {name: registered(registry, name) for name in ("slow", "refused")}
+    assert {node.state for node in nodes.values()} == {NodeState.JOINING}
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        tasks = []
+        # Were the slow one missed as others are, it would be long before the one that refuses.
+        for name, reach, node_timeout_s in (("slow", SlowReach(), 0.05), ("refused", RefusedReach(), 0.5)):
+            link = NodeLink(
+                registry, reach, clock, SystemEntropy(), node_timeout_s=node_timeout_s,
+                connect_timeout_s=connect_timeout_s, name=name,
+            )  # fmt: skip
+            tasks.append(group.create_task(link.run()))
+        while nodes["refused"].state is not NodeState.UNREACHABLE:
+            await registry.changed.wait()
+        if connect_timeout_s < 1:
+            while nodes["slow"].state is not NodeState.UNREACHABLE:
+                await registry.changed.wait()
+        else:
+            assert nodes["slow"].state is NodeState.JOINING
+        for task in tasks:
+            task.cancel()
 
 
 async def test_nodes_of_one_machine_share_what_is_promised_of_its_memory() -> None:
@@ -166,7 +219,9 @@ async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
     registry = NodeRegistry(clock, Feed())
     node = registered(registry, "far")
     reach = BrokenReach()
-    link = NodeLink(registry, reach, clock, SystemEntropy(), node_timeout_s=60, name="far")
+    link = NodeLink(
+        registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60, name="far"
+    )
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         task = group.create_task(link.run())
         while node.state is not NodeState.UNREACHABLE:
@@ -197,7 +252,9 @@ async def test_a_refusal_may_tell_whatever_it_likes(number: object) -> None:
     clock = SystemClock()
     registry = NodeRegistry(clock, Feed())
     node, reach = registered(registry, "far"), TakenReach(number)
-    link = NodeLink(registry, reach, clock, SystemEntropy(), node_timeout_s=60, name="far")
+    link = NodeLink(
+        registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60, name="far"
+    )
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         task = group.create_task(link.run())
         while node.state is not NodeState.UNREACHABLE:
@@ -250,7 +307,9 @@ async def test_two_with_the_same_id_do_not_take_a_node_from_each_other_for_ever(
                 reach = LocalReach(
                     running.state, http, Copied(number), LocalConnection(SystemEntropy(), tmp_path)
                 )
-                link = NodeLink(registry, reach, clock, SystemEntropy(), node_timeout_s=60)
+                link = NodeLink(
+                    registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60
+                )
                 tasks.append(group.create_task(link.run()))
                 while not registry.is_ready():
                     await registry.changed.wait()
@@ -336,7 +395,7 @@ class Slow:
         self.connection = Kept(SystemEntropy(), Path())
         self.asked = asyncio.Event()
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Return the one connection."""
         return self.connection
 
@@ -354,7 +413,7 @@ class Restarting:
         self._code = code
         self.left = attempts
 
-    async def connect(self, address: NodeAddress) -> Connection:
+    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
         """Fail so often."""
         if self.left:
             self.left -= 1

@@ -306,3 +306,12 @@ async def test_models_placements_and_the_rest_of_the_questions(tmp_path: Path) -
         assert "labels" in described["components"]["schemas"]["Place"]["properties"]
         async with o.session.get(f"{o.url}/health", headers={"Host": "evil.example"}) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (403, "FORBIDDEN")
+
+
+async def test_a_log_that_was_let_grow_is_cut_and_kept_once(tmp_path: Path) -> None:
+    log = tmp_path / "logs/orchestrator.log"
+    log.parent.mkdir()
+    log.write_text("of yesterday\n" * 100)
+    async with orchestrator(tmp_path, log_bytes_max="1000") as o:
+        await o.until("/health", lambda _: log.stat().st_size == 0)
+    assert (tmp_path / "logs/orchestrator.log.1").read_text() == "of yesterday\n" * 100
