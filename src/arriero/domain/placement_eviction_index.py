@@ -8,9 +8,10 @@ at first: mostly the first of them is the one.
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
-from itertools import accumulate, repeat
+from itertools import accumulate
 from typing import Final, TypeAlias
 
 from arriero.contracts.states import NodeState
@@ -62,12 +63,18 @@ class _Row:
     #: The step of `most_mb` that it stands at; None: not among the others.
     shelf: int | None = None
 
-    def fill(self, able: list[Occupant]) -> None:
-        """Take the workers that may go."""
+    def fill(self, able: list[Occupant], fewer: "_Row | None") -> None:
+        """Take the workers that may go; `fewer`: the same device with some of these stages."""
         node, device = self.node, self.device
         self.able = able
+        if fewer is not None and len(able) == len(fewer.able):
+            # Then they are the same: a request's begin and end have this done.
+            self.largest_mb, self.spots = fewer.largest_mb, fewer.spots
+            self.reach_mb, self.most_mb = fewer.reach_mb, fewer.most_mb
+            return
         self.largest_mb = sorted([occupant.memory_mb for occupant in able], reverse=True)
         self.spots = ((0.0, node, device), *[(occupant.last_used, node, device) for occupant in able])
+        self.measure(self.free_mb)
 
     def measure(self, free_mb: int) -> None:
         """Take what is free."""
@@ -125,9 +132,10 @@ class EvictionIndex:
         if node not in self._rows:
             self._build(node)
             return
-        self._fill(node, occupant.device)
         if before is not None and before.device != occupant.device:
             self._fill(node, before.device)
+            before = None
+        self._fill(node, occupant.device, _same_for(before, occupant))
 
     def drop(self, node: str, worker_id: str) -> None:
         """Forget a worker; nothing happens if it is not known."""
@@ -160,17 +168,19 @@ class EvictionIndex:
             rows[device] = tuple(_Row(name, device, stages, keys, room.free_mb) for stages in _STAGES)
             self._fill(name, device)
 
-    def _fill(self, node: str, device: str) -> None:
+    def _fill(self, node: str, device: str, same_for: Container[frozenset[Stage]] = ()) -> None:
         rows = self._rows.get(node, {}).get(device)
         if rows is None:
             return
         here = self._occupants[node].values()
         able = [o for o in here if o.device == device and o.memory_mb > 0 and not o.is_pinned]
         able.sort(key=age)
+        fewer: _Row | None = None
         for row in rows:
-            row.fill([occupant for occupant in able if occupant.stage in row.stages])
-            row.measure(row.free_mb)
-            self._place(row)
+            if row.stages not in same_for:
+                row.fill([occupant for occupant in able if occupant.stage in row.stages], fewer)
+                self._place(row)
+            fewer = row
 
     def _place(self, row: _Row) -> None:
         shelf = row.most_mb // _STEP_MB
@@ -204,21 +214,20 @@ class EvictionIndex:
             return plan_eviction(nodes, occupants, wants, needed_mb, facts=facts, stages=stages)
         shelves = self._shelves.get((wants.device or wants.backend, stages), {})
         least = needed_mb // _STEP_MB
-        rows = [
-            row
-            for shelf, here in shelves.items()
-            if shelf >= least
-            for row in here.values()
-            if row.most_mb >= needed_mb
-        ]
-        numbers = list(map(bisect_left, [row.reach_mb for row in rows], repeat(needed_mb)))
-        stage = _STAGES.index(stages)
-        for number in sorted(set(numbers)):
-            able = [row for row, least_number in zip(rows, numbers, strict=True) if least_number == number]
-            for some in _by_disk(able, facts):
-                best = self._oldest(some, number, stage, wants, needed_mb, facts)
-                if best is not None:
-                    return best
+        holders: Container[str] = () if facts.is_everywhere else facts.holders
+        # One pass, for each row that is touched costs: by how many go, and whether it lacks the model.
+        ranked: defaultdict[tuple[int, bool], list[_Row]] = defaultdict(list)
+        for shelf, here in shelves.items():
+            if shelf >= least:
+                for row in here.values():
+                    number = bisect_left(row.reach_mb, needed_mb)
+                    if number < len(row.reach_mb):
+                        ranked[number, row.node not in holders].append(row)
+        for number, lacks_it in sorted(ranked):
+            rows = ranked[number, lacks_it]
+            best = self._oldest(rows, number, _STAGES.index(stages), wants, needed_mb, facts)
+            if best is not None:
+                return best
         return None
 
     def _oldest(
@@ -244,11 +253,12 @@ class EvictionIndex:
         return best[1] if best is not None else None
 
 
-def _by_disk(rows: list[_Row], facts: ModelFacts) -> Iterable[list[_Row]]:
-    """Yield those on nodes that have the model, then the others."""
-    if facts.is_everywhere or not facts.holders:
-        yield rows
-        return
-    holders = facts.holders
-    yield [row for row in rows if row.node in holders]
-    yield [row for row in rows if row.node not in holders]
+def _same_for(before: Occupant | None, now: Occupant) -> tuple[frozenset[Stage], ...]:
+    """Return the stages for which a worker that changed is what it was."""
+    if before is None:
+        return ()
+    if (before.memory_mb, before.last_used, before.is_pinned) != (
+        now.memory_mb, now.last_used, now.is_pinned,
+    ):  # fmt: skip
+        return ()
+    return tuple(stages for stages in _STAGES if before.stage in stages and now.stage in stages)
