@@ -171,10 +171,16 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
 )  # fmt: skip
 
 
-@given(steps=st.lists(STEPS, max_size=40), needed=st.integers(0, 16_000))
+@given(steps=st.lists(STEPS, max_size=40), needed=st.integers(2000, 9000))
 def test_whatever_is_told_of_a_pool_is_seen_by_whoever_wants_room(steps: list[Step], needed: int) -> None:
     views = PoolViews(SystemClock())
     taken: list[Any] = []
+    for number, name in enumerate(("andes", "bolivia")):
+        views.take(NodeChanged(node=node_record(name, NodeState.READY, 2000)))
+        _models(views, name, False, 2)
+        for device in ("cpu", "cuda:0"):
+            at = 2 * number + (device == "cpu")
+            views.take(PoolWorkerChanged(worker=worker(at, name, device, WorkerState.IDLE, float(at))))
     for step in steps:
         step(views, taken)
         facts = views.facts(REF)
