@@ -9,7 +9,7 @@ at first: mostly the first of them is the one.
 import heapq
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final, TypeAlias
@@ -214,20 +214,18 @@ class EvictionIndex:
             return plan_eviction(nodes, occupants, wants, needed_mb, facts=facts, stages=stages)
         shelves = self._shelves.get((wants.device or wants.backend, stages), {})
         least = needed_mb // _STEP_MB
-        holders: Container[str] = () if facts.is_everywhere else facts.holders
-        # One pass, for each row that is touched costs: by how many go, and whether it lacks the model.
-        ranked: defaultdict[tuple[int, bool], list[_Row]] = defaultdict(list)
+        stage = _STAGES.index(stages)
+        by_number: defaultdict[int, list[_Row]] = defaultdict(list)
         for shelf, here in shelves.items():
             if shelf >= least:
                 for row in here.values():
-                    number = bisect_left(row.reach_mb, needed_mb)
-                    if number < len(row.reach_mb):
-                        ranked[number, row.node not in holders].append(row)
-        for number, lacks_it in sorted(ranked):
-            rows = ranked[number, lacks_it]
-            best = self._oldest(rows, number, _STAGES.index(stages), wants, needed_mb, facts)
-            if best is not None:
-                return best
+                    if row.most_mb >= needed_mb:
+                        by_number[bisect_left(row.reach_mb, needed_mb)].append(row)
+        for number in sorted(by_number):
+            for rows in _by_disk(by_number[number], facts):
+                best = self._oldest(rows, number, stage, wants, needed_mb, facts)
+                if best is not None:
+                    return best
         return None
 
     def _oldest(
@@ -262,3 +260,10 @@ def _same_for(before: Occupant | None, now: Occupant) -> tuple[frozenset[Stage],
     ):  # fmt: skip
         return ()
     return tuple(stages for stages in _STAGES if before.stage in stages and now.stage in stages)
+
+
+def _by_disk(rows: list[_Row], facts: ModelFacts) -> Iterator[list[_Row]]:
+    """Yield those on nodes that have the model, then the others."""
+    holders: Container[str] = () if facts.is_everywhere else facts.holders
+    yield [row for row in rows if row.node in holders]
+    yield [row for row in rows if row.node not in holders]
