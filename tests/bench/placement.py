@@ -19,6 +19,8 @@ from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants, choose_node, choose_worker
 from arriero.orchestrator.views import PoolViews
 from arriero.runtime.clock import SystemClock
+from tests.bench import full_pool
+from tests.bench.full_pool import us
 
 NODES = 1_000
 WORKERS = 5_000
@@ -30,16 +32,23 @@ MODELS = ("hf:org/common", *(f"hf:org/model-{number}" for number in range(40)))
 def pool(chance: random.Random) -> PoolViews:
     """Return the views of a pool: one node in three has a card; every worker is idle or busy."""
     views = PoolViews(SystemClock())
-    for number in range(NODES):
-        views.take(NodeChanged(node=_node(chance, number)))
-        views.models_told(f"n-{number:04}", [_model(chance.choice(MODELS)) for _ in range(3)])
-    for number in range(WORKERS):
-        views.take(PoolWorkerChanged(worker=_worker(chance, number)))
+    for record in fill(views, chance, range(2_000, 60_000)):
+        views.take(PoolWorkerChanged(worker=record))
     return views
 
 
-def _devices(chance: random.Random, has_card: bool) -> list[DeviceRecord]:
-    free_mb = chance.randrange(2_000, 60_000)
+def fill(views: PoolViews, chance: random.Random, free_mb: range) -> list[WorkerRecord]:
+    """Tell the views of the nodes; return the workers."""
+    for number in range(NODES):
+        views.take(NodeChanged(node=_node(chance, number, free_mb)))
+        views.models_told(f"n-{number:04}", [_model(chance.choice(MODELS)) for _ in range(3)])
+    return [_worker(chance, number) for number in range(WORKERS)]
+
+
+def _devices(
+    chance: random.Random, has_card: bool, of_mb: range = range(2_000, 60_000)
+) -> list[DeviceRecord]:
+    free_mb = chance.choice(of_mb)
     found = [DeviceRecord(id="cpu", backend="cpu", name="CPU", memory_mb=64_000, memory_free_mb=free_mb)]
     if has_card:
         free_mb = chance.randrange(1_000, 24_000)
@@ -49,9 +58,9 @@ def _devices(chance: random.Random, has_card: bool) -> list[DeviceRecord]:
     return found
 
 
-def _node(chance: random.Random, number: int) -> NodeRecord:
+def _node(chance: random.Random, number: int, free_mb: range) -> NodeRecord:
     has_card = number % 3 == 0
-    devices = _devices(chance, has_card)
+    devices = _devices(chance, has_card, free_mb)
     return NodeRecord(
         name=f"n-{number:04}", status=NodeState.READY, version="1", devices=devices,
         backends=["cuda", "cpu"] if has_card else ["cpu"], ram_mb=64_000,
@@ -76,11 +85,6 @@ def _worker(chance: random.Random, number: int) -> WorkerRecord:
         state=WorkerState.IDLE if free == 4 else WorkerState.BUSY, slots_total=4, slots_available=free,
         pid=1, started_unix=1.0, last_activity_unix=1.0, memory_mb=4_000,
     )  # fmt: skip
-
-
-def _us(times_s: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times_s, n=100)
-    return {"p50_us": round(1e6 * cuts[49], 1), "p99_us": round(1e6 * cuts[98], 1)}
 
 
 def _timed(choose: Callable[[int], object], between: Callable[[int], None], times: int) -> list[float]:
@@ -143,13 +147,14 @@ def measure() -> dict[str, Any]:
     return {
         "nodes": NODES,
         "workers": WORKERS,
-        "worker": _us(workers),
-        "node": _us(nodes),
-        "node_with_labels": _us(_timed(labelled, news, CHOICES)),
+        "worker": us(workers),
+        "node": us(nodes),
+        "node_with_labels": us(_timed(labelled, news, CHOICES)),
         "news_us": round(1e6 * news_s, 1),
-        "worker_loop": _us(loop),
+        "worker_loop": us(loop),
         "worker_loop_to_index": round(statistics.median(loop) / statistics.median(workers), 1),
-        "node_loop": _us(node_loop),
+        "full": full_pool.measure(fill),
+        "node_loop": us(node_loop),
         "node_loop_to_index": round(statistics.median(node_loop) / statistics.median(nodes), 1),
     }
 

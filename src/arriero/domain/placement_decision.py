@@ -4,7 +4,6 @@ The order in which the ways are tried, and nothing else: each way is looked for 
 it lead nowhere.  Doing it and foretelling it go by the same answer.
 """
 
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -60,7 +59,7 @@ class Ways(Protocol):
         """Return the node that has room."""
         ...
 
-    def plan(self, needed_mb: int, stages: Container[Stage]) -> Eviction | None:
+    def plan(self, needed_mb: int, stages: frozenset[Stage]) -> Eviction | None:
         """Return which workers would have to go, of those in these stages."""
         ...
 
@@ -111,7 +110,7 @@ def _is_sooner(asleep: Wake, wait: Evict | Hold | None) -> bool:
     return wait is None
 
 
-def _evict(ways: Ways, needed_mb: int, stages: Container[Stage]) -> Evict | None:
+def _evict(ways: Ways, needed_mb: int, stages: frozenset[Stage]) -> Evict | None:
     plan = ways.plan(needed_mb, stages)
     return Evict(plan, needed_mb, ways.verdict(plan)) if plan is not None else None
 

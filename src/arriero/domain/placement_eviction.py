@@ -1,11 +1,12 @@
 """Which workers would have to go, so that a new one has room?"""
 
+import heapq
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from arriero.domain.placement_nodes import NodeView, unfit
+from arriero.domain.placement_nodes import NodeView, Room, unfit
 from arriero.domain.placement_wants import ModelFacts, Wants
 
 
@@ -79,25 +80,34 @@ def plan_eviction(
             victims = fewest(able, needed_mb - room.free_mb)
             if victims is None:
                 continue
-            plan = Eviction(
-                node=node.name,
-                device=room.device,
-                worker_ids=tuple(victim.worker_id for victim in victims),
-                freed_mb=sum(victim.memory_mb for victim in victims),
-                free_mb=room.free_mb,
-            )
             last_used = max((victim.last_used for victim in victims), default=0.0)
             rank = (len(victims), not facts.is_on(node.name), last_used, node.name, room.device)
             if best is None or rank < best[0]:
-                best = (rank, plan)
+                best = (rank, evicted(node.name, room, victims))
     return best[1] if best is not None else None
+
+
+def evicted(node: str, room: Room, victims: Sequence[Occupant]) -> Eviction:
+    """Return the plan to stop these workers for room on this device."""
+    return Eviction(
+        node=node,
+        device=room.device,
+        worker_ids=tuple(victim.worker_id for victim in victims),
+        freed_mb=sum(victim.memory_mb for victim in victims),
+        free_mb=room.free_mb,
+    )
+
+
+def age(occupant: Occupant) -> tuple[float, str]:
+    """Return what orders workers: the one used longest ago first."""
+    return occupant.last_used, occupant.worker_id
 
 
 def fewest(occupants: Iterable[Occupant], deficit_mb: int) -> list[Occupant] | None:
     """Return the fewest that hold `deficit_mb`, of those the ones used longest ago; None: not enough."""
     if deficit_mb <= 0:
         return []
-    left = sorted((o for o in occupants if o.memory_mb > 0), key=lambda o: (o.last_used, o.worker_id))
+    left = sorted((o for o in occupants if o.memory_mb > 0), key=age)
     largest = sorted((o.memory_mb for o in left), reverse=True)
     number, held = 0, 0
     while held < deficit_mb:
@@ -105,13 +115,15 @@ def fewest(occupants: Iterable[Occupant], deficit_mb: int) -> list[Occupant] | N
             return None
         held += largest[number]
         number += 1
+    if number == len(left):
+        return left
     victims: list[Occupant] = []
     for position, occupant in enumerate(left):
         if len(victims) == number:
             break
         # Taken if the largest of those that come after it can still make up what is missing.
-        others = sorted((o.memory_mb for o in left[position + 1 :]), reverse=True)
-        rest = sum(others[: number - len(victims) - 1])
+        others = number - len(victims) - 1
+        rest = sum(heapq.nlargest(others, (o.memory_mb for o in left[position + 1 :]))) if others else 0
         if sum(v.memory_mb for v in victims) + occupant.memory_mb + rest >= deficit_mb:
             victims.append(occupant)
     return victims

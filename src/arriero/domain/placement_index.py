@@ -26,12 +26,15 @@ class NodeIndex:
 
     def __init__(self) -> None:
         self._views: dict[str, NodeView] = {}
+        #: What is free there, by what may be asked for.
+        self._free_mb: dict[str, dict[str | None, int]] = {}
         self._spots: dict[str, tuple[_Spot, ...]] = {}
         self._shelves: dict[str | None, dict[_Shelf, list[tuple[int, str]]]] = {}
 
     def put(self, view: NodeView, load: int) -> None:
         """Take a node as it is now, with the requests that it computes."""
         self._views[view.name] = view
+        self._free_mb[view.name] = {key: room.free_mb for key, room in view.asked()}
         spots: tuple[_Spot, ...] = ()
         if view.state is NodeState.READY and not view.is_drained:
             spots = tuple(
@@ -42,6 +45,7 @@ class NodeIndex:
     def drop(self, name: str) -> None:
         """Forget a node; nothing happens if it is not known."""
         self._views.pop(name, None)
+        self._free_mb.pop(name, None)
         self._move(name, ())
 
     def _move(self, name: str, spots: tuple[_Spot, ...]) -> None:
@@ -90,7 +94,8 @@ class NodeIndex:
         self, wants: Wants, needed_mb: int | None, facts: ModelFacts, is_meant: Callable[[str], bool]
     ) -> NodeView | None:
         """Return the best of those that are meant, shelf by shelf."""
-        shelves = self._shelves.get(wants.device or wants.backend, {})
+        key = wants.device or wants.backend
+        shelves, free_mb = self._shelves.get(key, {}), self._free_mb
         if needed_mb is None:
             order = sorted(shelves, key=lambda shelf: (shelf[0], -shelf[1]))
         else:
@@ -99,6 +104,9 @@ class NodeIndex:
         for shelf in order:
             best: tuple[int, NodeView] | None = None
             for _, name in shelves[shelf]:
+                # Where the pool is full, all of it may stand on the one shelf that is just too small.
+                if needed_mb is not None and free_mb[name][key] < needed_mb:
+                    continue
                 if not is_meant(name):
                     continue
                 view = self._views[name]

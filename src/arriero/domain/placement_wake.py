@@ -27,10 +27,13 @@ def choose_sleeper(
     """
     best: tuple[tuple[object, ...], NodeView] | None = None
     for node in nodes:
-        if node.state is not NodeState.UNREACHABLE or not node.mac or node.error_code not in _MAY_SLEEP:
+        if not may_sleep(node):
+            continue
+        is_unknown = not node.devices
+        if not is_unknown and needed_mb is not None and needed_mb > _most_mb(node):
+            # Whoever waits in a pool that mostly sleeps looks at all of them again and again.
             continue
         awake = as_if_awake(node)
-        is_unknown = not node.devices
         if is_unknown:
             if wants.backend is not None or wants.device is not None or wants.node not in (None, node.name):
                 continue
@@ -48,6 +51,15 @@ def choose_sleeper(
         if best is None or rank < best[0]:
             best = (rank, node)
     return best[1] if best is not None else None
+
+
+def may_sleep(node: NodeView) -> bool:
+    """Return whether a node may be a machine that sleeps, and can be woken."""
+    return node.state is NodeState.UNREACHABLE and bool(node.mac) and node.error_code in _MAY_SLEEP
+
+
+def _most_mb(node: NodeView) -> int:
+    return max(node.ram_mb, node.ram_free_mb, *[device.memory_mb for device in node.devices])
 
 
 def as_if_awake(node: NodeView) -> NodeView:

@@ -113,7 +113,7 @@ def _node(views: PoolViews, candidate: Candidate) -> NodeCandidate:
 
 
 def _evicted(views: PoolViews, plan: Eviction) -> list[Evicted]:
-    here = {occupant.worker_id: occupant for occupant in views.occupants().get(plan.node, [])}
+    here = {occupant.worker_id: occupant for occupant in views.occupants(plan.node)}
     return [
         Evicted(
             worker_id=worker_id,

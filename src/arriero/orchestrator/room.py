@@ -6,7 +6,7 @@ node's memory has it first.
 """
 
 import asyncio
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn
 
@@ -14,7 +14,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import TaskPlacing
 from arriero.contracts.states import NodeState
 from arriero.domain.placement_decision import Decision, Evict, Fit, Hold, Wake, decide
-from arriero.domain.placement_eviction import Eviction, Stage, plan_eviction
+from arriero.domain.placement_eviction import Eviction, Stage
 from arriero.domain.placement_ledger import Movement
 from arriero.domain.placement_memory import Needed
 from arriero.domain.placement_nodes import (
@@ -39,6 +39,8 @@ from arriero.runtime.wake import parse_target, wake
 LOOK_S: Final = 0.25
 #: Between two looks of those behind it.
 LOOK_BEHIND_S: Final = 1.0
+#: All that wait look so often together at the most: in a large pool something changes all the time.
+LOOKS_PER_S: Final = 100
 #: A machine that is being woken is called again after so long.
 WAKE_AGAIN_S: Final = 10.0
 #: Requests that run on a worker which is to make room may take so long to end.
@@ -126,7 +128,7 @@ class RoomFinder:
     def foresee(self, wants: Wants) -> Foreseen:
         """Return what would happen to a new worker now."""
         facts, needed = self.views.facts(wants.model_ref), self.views.needed(wants.model_ref)
-        decision = decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
+        decision = self.decision(wants, needed)
         full_mb = needed.full_mb if needed is not None else None
         if isinstance(decision, Fit):
             choice, compared_mb = _fitting(decision, wants), decision.needed_mb
@@ -134,6 +136,11 @@ class RoomFinder:
             choice, compared_mb = no_node(self.views.nodes(), wants, full_mb, facts), full_mb
         listed = candidates(self.views.nodes(), wants, compared_mb, facts)
         return Foreseen(choice, listed, needed, decision)
+
+    def decision(self, wants: Wants, needed: Needed | None) -> Decision:
+        """Return what would be done for a new worker now, if it were asked for; nothing of it is."""
+        facts = self.views.facts(wants.model_ref)
+        return decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
 
     async def find(
         self,
@@ -165,7 +172,11 @@ class RoomFinder:
                 if step.message != told:
                     told = step.message
                     tell(TaskPlacing(node=waiter.node, actor="orchestrator", message=told))
-                await self._changed(min(step.again_s, LOOK_S if self._is_first(waiter) else LOOK_BEHIND_S))
+                changed = self._registry.changed.next()
+                pause_s = len(self._line) / LOOKS_PER_S
+                await self._clock.sleep_s(pause_s)
+                look_s = LOOK_S if self._is_first(waiter) else LOOK_BEHIND_S
+                await self._changed(min(step.again_s, look_s) - pause_s, changed)
         finally:
             self._line.remove(waiter)
 
@@ -313,10 +324,10 @@ class RoomFinder:
                 return False
             await self._changed(left_s)
 
-    async def _changed(self, timeout_s: float) -> None:
+    async def _changed(self, timeout_s: float, changed: asyncio.Event | None = None) -> None:
         try:
             async with asyncio.timeout(max(timeout_s, 0.01)):
-                await self._registry.changed.wait()
+                await (changed or self._registry.changed.next()).wait()
         except TimeoutError:
             return
 
@@ -333,18 +344,15 @@ class _Ways:
     def best(self, needed_mb: int | None) -> NodeView | None:
         return self.finder.views.index.best(self.wants, needed_mb, self.facts)
 
-    def plan(self, needed_mb: int, stages: Container[Stage]) -> Eviction | None:
-        views = self.finder.views
-        return plan_eviction(
-            views.nodes(), views.occupants(), self.wants, needed_mb, facts=self.facts, stages=stages
-        )
+    def plan(self, needed_mb: int, stages: frozenset[Stage]) -> Eviction | None:
+        return self.finder.views.evictions.plan(self.wants, needed_mb, facts=self.facts, stages=stages)
 
     def verdict(self, plan: Eviction) -> Verdict:
         self.waiter.node = plan.node
         return self.finder.verdict(plan, self.waiter)
 
     def sleeper(self, needed_mb: int | None) -> NodeView | None:
-        return choose_sleeper(self.finder.views.nodes(), self.wants, needed_mb, self.facts)
+        return choose_sleeper(self.finder.views.asleep(), self.wants, needed_mb, self.facts)
 
 
 def _fitting(decision: Fit, wants: Wants) -> NodeChoice:

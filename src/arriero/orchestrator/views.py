@@ -13,11 +13,13 @@ from arriero.contracts.events import NodeChanged, PoolEvent, PoolWorkerChanged
 from arriero.contracts.records import DeviceRecord, ModelRecord, NodeRecord, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement_eviction import Occupant, Stage
+from arriero.domain.placement_eviction_index import EvictionIndex
 from arriero.domain.placement_index import NodeIndex
 from arriero.domain.placement_ledger import Ledger, Movement
 from arriero.domain.placement_memory import MIB, SLOTS, Needed, memory_mb, needed
 from arriero.domain.placement_nodes import NodeView
 from arriero.domain.placement_turns import Place
+from arriero.domain.placement_wake import may_sleep
 from arriero.domain.placement_wants import ModelFacts
 from arriero.domain.placement_workers import WorkerIndex, WorkerView
 from arriero.domain.worker_states import READY, WORKERS
@@ -61,6 +63,7 @@ class PoolViews:
         self._leaving: dict[str, str] = {}
         self._seen: dict[str, _Seen] = {}
         self._nodes: dict[str, NodeView] = {}
+        self._asleep: dict[str, NodeView] = {}
         self._holders: dict[str, dict[str, ModelRecord]] = {}
         self._loads: dict[str, int] = {}
         self._ledger = Ledger()
@@ -68,12 +71,19 @@ class PoolViews:
         self._speeds: dict[str, dict[str, float]] = {}
         self.workers = WorkerIndex()
         self.index = NodeIndex()
+        self.evictions = EvictionIndex()
+        #: Workers that are being made, by node: how many `evictions` knows of.
+        self._being_made: dict[str, int] = {}
 
     # --- Read by choices --------------------------------------------------------------------
 
     def nodes(self) -> Iterable[NodeView]:
         """Return the nodes."""
         return self._nodes.values()
+
+    def asleep(self) -> Iterable[NodeView]:
+        """Return the nodes that could be woken."""
+        return self._asleep.values()
 
     def node(self, name: str) -> NodeView | None:
         """Return a node, or None."""
@@ -139,15 +149,10 @@ class PoolViews:
         exact_mb = memory_mb(model, slots=slots or SLOTS, context_tokens=context_tokens)
         return Needed(exact_mb, exact_mb)
 
-    def occupants(self) -> dict[str, list[Occupant]]:
-        """Return the workers by node, with the memory they hold and what they do with it."""
-        found: dict[str, list[Occupant]] = {}
-        for name in self._nodes:
-            here = [self._occupant(view) for view in self.workers.of_node(name)]
-            here += [_being_made(number, taken) for number, taken in enumerate(self._ledger.taken(name))]
-            if here:
-                found[name] = here
-        return found
+    def occupants(self, node: str) -> list[Occupant]:
+        """Return the workers of a node, with the memory they hold and what they do with it."""
+        here = [self._occupant(view) for view in self.workers.of_node(node)]
+        return here + self._promised(node)
 
     def place(self, worker_id: str) -> Place:
         """Return how a worker that would make room is used."""
@@ -170,8 +175,7 @@ class PoolViews:
             stage = Stage.BUSY
         else:
             stage = Stage.IDLE
-        seen = self._seen.get(record.node)
-        model = seen.models.get(record.model_ref) if seen is not None else None
+        model = self._own_model(record)
         return Occupant(
             worker_id=record.worker_id,
             device=record.device,
@@ -182,12 +186,20 @@ class PoolViews:
             is_pinned=model is not None and model.is_pinned,
         )
 
+    def _promised(self, node: str) -> list[Occupant]:
+        return [_being_made(number, taken) for number, taken in enumerate(self._ledger.taken(node))]
+
+    def _own_model(self, record: WorkerRecord) -> ModelRecord | None:
+        """Return the model of a worker as its own node has it."""
+        seen = self._seen.get(record.node)
+        return seen.models.get(record.model_ref) if seen is not None else None
+
     def _memory_mb(self, record: WorkerRecord) -> int:
         """Return what a worker holds on its device: seen for the host, reckoned for an accelerator."""
         is_host = record.device == record.backend
         if is_host and record.memory_mb > 0:
             return record.memory_mb
-        model = self.model(record.model_ref)
+        model = self._own_model(record)
         if model is None:
             return 0
         if record.context_tokens <= 0:
@@ -227,6 +239,7 @@ class PoolViews:
         seen.models = {model.model_ref: model for model in models}
         for model_ref, model in seen.models.items():
             self._holders.setdefault(model_ref, {})[name] = model
+        self._show_all(name)
 
     def leased(self, worker_id: str) -> None:
         """Take note that a request is given to a worker."""
@@ -296,12 +309,15 @@ class PoolViews:
             self._forget_models(record.name)
             self._seen.pop(record.name, None)
             self._nodes.pop(record.name, None)
+            self._asleep.pop(record.name, None)
             self.index.drop(record.name)
+            self.evictions.drop_node(record.name)
             return
         seen = self._seen.get(record.name)
         if seen is None:
             seen = _Seen(record, record.ram_free_mb, record.disk_free_mb, tuple(record.devices))
             self._seen[record.name] = seen
+            self._show_all(record.name)
         seen.record = record
         seen.ram_free_mb, seen.disk_free_mb = record.ram_free_mb, record.disk_free_mb
         seen.devices = tuple(record.devices)
@@ -349,8 +365,28 @@ class PoolViews:
             wake_cost_s=self._wake_cost_s,
         )
         self._nodes[record.name] = view
+        if may_sleep(view):
+            self._asleep[record.name] = view
+        else:
+            self._asleep.pop(record.name, None)
         self.index.put(view, self._loads.get(record.name, 0))
+        self.evictions.put_node(view)
+        if record.name in self._being_made or not self._ledger.is_empty(record.name):
+            self._show_promised(record.name)
         return view
+
+    def _show_promised(self, name: str) -> None:
+        promised = self._promised(name)
+        for number in range(len(promised), self._being_made.pop(name, 0)):
+            self.evictions.drop(name, _being_made_id(number))
+        for occupant in promised:
+            self.evictions.put(name, occupant)
+        if promised:
+            self._being_made[name] = len(promised)
+
+    def _show_all(self, name: str) -> None:
+        for view in self.workers.of_node(name):
+            self.evictions.put(name, self._occupant(view))
 
     def _forget_models(self, name: str) -> None:
         seen = self._seen.get(name)
@@ -366,6 +402,8 @@ class PoolViews:
             before = self._records.pop(worker_id, None)
             self._leaving.pop(worker_id, None)
             self.workers.drop(worker_id)
+            if before is not None:
+                self.evictions.drop(before.node, worker_id)
             use = self._uses.get(worker_id)
             if use is not None and not use.in_flight:
                 del self._uses[worker_id]
@@ -373,6 +411,9 @@ class PoolViews:
                 self._ledger.gave_back(record.node, record.device, self._memory_mb(before))
                 self._moved(self._seen[record.node])
             return
+        before = self._records.get(worker_id)
+        if before is not None and before.node != record.node:
+            self.evictions.drop(before.node, worker_id)
         self._records[worker_id] = record
         if record.tokens_per_s > 0:
             self._speeds.setdefault(record.model_ref, {})[record.node] = record.tokens_per_s
@@ -387,23 +428,23 @@ class PoolViews:
         use = self._uses.get(record.worker_id)
         sent = use.in_flight if use is not None else 0
         node = self._nodes.get(record.node)
-        self.workers.put(
-            WorkerView(
-                worker_id=record.worker_id,
-                node=record.node,
-                model_ref=record.model_ref,
-                backend=record.backend,
-                device=record.device,
-                state=record.state,
-                slots_free=min(record.slots_available, total - sent),
-                queued=max(record.queued, sent - total, 0),
-                node_state=node.state if node is not None else NodeState.UNREACHABLE,
-                load_fraction=record.load_fraction,
-                speed=record.tokens_per_s or self._speeds.get(record.model_ref, {}).get(record.node, 0.0),
-                labels=node.labels if node is not None else {},
-                leaves_for=self._leaving.get(record.worker_id, ""),
-            )
+        view = WorkerView(
+            worker_id=record.worker_id,
+            node=record.node,
+            model_ref=record.model_ref,
+            backend=record.backend,
+            device=record.device,
+            state=record.state,
+            slots_free=min(record.slots_available, total - sent),
+            queued=max(record.queued, sent - total, 0),
+            node_state=node.state if node is not None else NodeState.UNREACHABLE,
+            load_fraction=record.load_fraction,
+            speed=record.tokens_per_s or self._speeds.get(record.model_ref, {}).get(record.node, 0.0),
+            labels=node.labels if node is not None else {},
+            leaves_for=self._leaving.get(record.worker_id, ""),
         )
+        self.workers.put(view)
+        self.evictions.put(record.node, self._occupant(view))
 
 
 def _added(some_mb: Mapping[str, int], more_mb: Mapping[str, int]) -> Mapping[str, int]:
@@ -426,13 +467,17 @@ def _requests(record: WorkerRecord) -> int:
 
 def _being_made(number: int, movement: Movement) -> Occupant:
     return Occupant(
-        worker_id=f"(being made {number})",
+        worker_id=_being_made_id(number),
         device=movement.device,
         model_ref="",
         memory_mb=movement.memory_mb,
         stage=Stage.MOVING,
         last_used=0.0,
     )
+
+
+def _being_made_id(number: int) -> str:
+    return f"(being made {number})"
 
 
 def _code(record: NodeRecord) -> ErrorCode | None:

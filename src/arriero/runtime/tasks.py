@@ -47,6 +47,10 @@ class Changed:
         """Wait for the next `notify`.  Take the value first, without an `await` in between."""
         await self._event.wait()
 
+    def next(self) -> asyncio.Event:
+        """Return what the next `notify` sets, for whoever awaits something else first."""
+        return self._event
+
 
 class Moment(Generic[T]):
     """A named point that product code passes and a test can wait for; free where nobody listens."""

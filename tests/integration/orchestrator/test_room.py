@@ -17,14 +17,15 @@ from tests.integration.orchestrator.scripted import (
 )
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.contracts.events import AgentBeat, TaskPlacing
-from arriero.contracts.records import Capabilities, DeviceRecord, ModelRecord
-from arriero.contracts.states import WorkerState
+from arriero.contracts.events import AgentBeat, NodeChanged, TaskPlacing
+from arriero.contracts.records import Capabilities, DeviceRecord, ModelRecord, NodeRecord, WorkerRecord
+from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants
 from arriero.domain.placement_decision import Wake
+from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.room import Found, RoomFinder
+from arriero.orchestrator.room import LOOKS_PER_S, Found, RoomFinder
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.settings import Settings
@@ -249,6 +250,51 @@ async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_f
             status, refused = await start(o, B)
             assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
         assert andes.spawned == [] and len(andes.workers) == 1
+
+
+class HeldClock(SystemClock):
+    """Notes each pause, and ends none before it is told to."""
+
+    def __init__(self) -> None:
+        self.pauses_s: asyncio.Queue[float] = asyncio.Queue()
+        self.go_on = asyncio.Event()
+
+    async def sleep_s(self, seconds: float) -> None:
+        self.pauses_s.put_nowait(seconds)
+        await self.go_on.wait()
+
+
+async def test_however_much_changes_those_that_wait_share_so_many_looks_and_then_find_what_came_free() -> (
+    None
+):
+    clock = HeldClock()
+    registry = NodeRegistry(clock, Feed())
+    room = RoomFinder(registry, clock, Settings())
+    cpu = DeviceRecord(id="cpu", backend="cpu", name="CPU", memory_mb=16000, memory_free_mb=100)
+    node = NodeRecord(
+        name="andes", status=NodeState.READY, version="1", backends=["cpu"], devices=[cpu], ram_mb=16000,
+        ram_free_mb=100, disk_free_mb=90000,
+    )  # fmt: skip
+    registry.views.take(NodeChanged(node=node))
+    busy = WorkerRecord(
+        worker_id="w-1", node="andes", url="", model_ref=A, backend="cpu", device="cpu",
+        state=WorkerState.BUSY, slots_total=1, slots_available=0, pid=1, started_unix=1.0,
+        last_activity_unix=1.0, memory_mb=15000,
+    )  # fmt: skip
+    registry.observe(busy)
+    needed = Needed(6000, 6000)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        first = group.create_task(room.find(Wants(B), lambda _: None, needed=needed))
+        assert await clock.pauses_s.get() == 1 / LOOKS_PER_S
+        second = group.create_task(room.find(Wants(C), lambda _: None, needed=needed))
+        assert await clock.pauses_s.get() == 2 / LOOKS_PER_S
+        for number in range(100):
+            registry.observe(msgspec.structs.replace(busy, last_activity_unix=2.0 + number))
+            await asyncio.sleep(0)
+        assert clock.pauses_s.empty(), "nobody looked"
+        registry.observe(msgspec.structs.replace(busy, state=WorkerState.STOPPED))
+        clock.go_on.set()
+        assert (await first).node == (await second).node == "andes"
 
 
 # --- Waking ----------------------------------------------------------------------------------------
