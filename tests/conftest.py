@@ -5,15 +5,19 @@ import functools
 import inspect
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from arriero.runtime.state_dir import StateDir
+
 #: Zombies whose parent is pid 1 may take seconds to go.
 PATIENCE_S = 5.0
+#: Of each daemon's log, with a test that failed.
+WARNINGS_MAX = 40
 
 # A shell that starts a run in the background has it ignore Ctrl-C, and what the run starts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,6 +73,31 @@ def nothing_remains(request: pytest.FixtureRequest) -> Iterator[None]:
     while (left := _remaining(before)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show, with a test that failed, what the daemons of its pools warned of."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        for name, value in item.funcargs.items():
+            state = getattr(value, "state", None)
+            if isinstance(state, StateDir):
+                report.sections.append((f"what the daemons of {name!r} warned of", _warnings(state)))
+    return report
+
+
+def _warnings(state: StateDir) -> str:
+    found = []
+    # Daemons that a test starts itself write beside the folder, others into it.
+    for path in sorted(state.home.parent.rglob("*")):
+        if path.suffix in (".out", ".log") and path.is_file():
+            lines = path.read_text("utf-8", "replace").splitlines()
+            told = [line for line in lines if '"level":"info"' not in line and line.strip()]
+            found += [f"{path.name}: {line}" for line in told[-WARNINGS_MAX:]]
+    return "\n".join(found)
 
 
 @pytest.hookimpl(wrapper=True)

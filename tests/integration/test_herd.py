@@ -113,7 +113,14 @@ async def test_a_line_that_is_gone_from_its_beginning_is_made_anew(herd: Herd, t
             node = registry.add(entry)
             reach = SshReach(entry, fabric, http, leases, clock)
             link = NodeLink(
-                registry, reach, clock, entropy, node_timeout_s=3, connect_timeout_s=10, name=entry.name
+                registry,
+                reach,
+                clock,
+                entropy,
+                attention=http.attention,
+                node_timeout_s=3,
+                connect_timeout_s=10,
+                name=entry.name,
             )
             async with asyncio.TaskGroup() as group:
                 holding = group.create_task(link.run())

@@ -20,6 +20,7 @@ from arriero.domain.worker_states import WORKERS
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.reach import Line, Reach
 from arriero.runtime import logs
+from arriero.runtime.attention import Attention
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.runtime.http import error_of
@@ -73,7 +74,7 @@ class NodeLink:
     """Holds one node's agent; `run` never ends by itself.
 
     `name`: the node's, where it is known before its agent has told it.  `revive` starts an agent that
-    does not come back by itself.
+    does not come back by itself.  A node is silent only in time that is none of `attention`'s away.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class NodeLink:
         clock: Clock,
         entropy: Entropy,
         *,
+        attention: Attention,
         node_timeout_s: float,
         connect_timeout_s: float,
         name: str | None = None,
@@ -92,6 +94,7 @@ class NodeLink:
         self._reach = reach
         self._clock = clock
         self._entropy = entropy
+        self._attention = attention
         self._node_timeout_s = node_timeout_s
         self._missed_s = MISSED_SHARE * node_timeout_s
         self._first_s = max(connect_timeout_s, self._missed_s)
@@ -99,7 +102,7 @@ class NodeLink:
         self._revive = revive
         self._log = logs.get("arriero.nodes")
         self._node: Node | None = registry.find(name) if name is not None else None
-        self._last_heard_s = clock.monotonic_s()
+        self._last_heard_s = self._listened_s()
         self._was_held = False
         self._error: ArrieroError | None = None
 
@@ -109,12 +112,16 @@ class NodeLink:
             group.create_task(self._hold_forever(), name=f"hold-{self._name or 'local'}")
             group.create_task(self._watch_silence(), name=f"silence-{self._name or 'local'}")
 
+    def _listened_s(self) -> float:
+        """Return a time that stands still while this process does."""
+        return self._clock.monotonic_s() - self._attention.away_s()
+
     async def _hold_forever(self) -> None:
         attempt = 0
         told = ""
         try:
             while True:
-                started_s = self._clock.monotonic_s()
+                started_s = self._listened_s()
                 try:
                     await self._hold_once()
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
@@ -193,7 +200,7 @@ class NodeLink:
 
     async def _find_and_hold(self, line: Line) -> None:
         """Hold the agent over one line; one that is gone may come back, and is started again if not."""
-        gone_since_s = self._clock.monotonic_s()
+        gone_since_s = self._listened_s()
         while True:
             try:
                 record = await self._reach.agent(line)
@@ -205,9 +212,9 @@ class NodeLink:
                 if not is_agent_gone or self._revive is None or is_way_gone:
                     raise
                 self._error = error
-                if self._clock.monotonic_s() - gone_since_s >= AGENT_BACK_S:
+                if self._listened_s() - gone_since_s >= AGENT_BACK_S:
                     await self._revive(line)
-                    gone_since_s = self._clock.monotonic_s()
+                    gone_since_s = self._listened_s()
             await self._clock.sleep_s(LOOK_EVERY_S)
 
     async def _hold(self, line: Line, record: RunRecord) -> None:
@@ -222,7 +229,7 @@ class NodeLink:
                     raise error_of(200, event.data.encode())
                 if event.comment is None and event.data:
                     node = await self._take(event.data, node, line, record)
-                self._last_heard_s = self._clock.monotonic_s()
+                self._last_heard_s = self._listened_s()
         except ArrieroError as error:
             if error.code is ErrorCode.NODE_UNREACHABLE and node is None:
                 await line.check(record.url)
@@ -296,7 +303,7 @@ class NodeLink:
 
     async def _watch_silence(self) -> None:
         while True:
-            silence_s = self._clock.monotonic_s() - self._last_heard_s
+            silence_s = self._listened_s() - self._last_heard_s
             # Nobody misses a machine yet that is connected to for the first time: a slow one takes its time.
             is_first = not self._was_held and self._error is None
             limit_s = self._first_s if is_first else self._missed_s

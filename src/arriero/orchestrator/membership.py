@@ -102,6 +102,7 @@ class Membership:
             reach,
             self._clock,
             self._entropy,
+            attention=self._http.attention,
             node_timeout_s=self._node_timeout_s,
             connect_timeout_s=self._connect_timeout_s,
             name=name,

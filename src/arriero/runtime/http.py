@@ -1,6 +1,5 @@
 """How does a daemon call another one?  (The token path has its own way.)"""
 
-import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator, Mapping
@@ -12,6 +11,7 @@ import aiohttp
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
+from arriero.runtime.attention import Attention
 from arriero.runtime.sse import SseEvent, SseParser
 
 T = TypeVar("T")
@@ -26,6 +26,8 @@ class Http:
 
     def __init__(self, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self._connect_timeout_s = connect_timeout_s
+        #: While we stand still, nobody is late or silent.
+        self.attention = Attention()
         self._session: aiohttp.ClientSession | None = None
         #: One for each unix socket that is spoken to.
         self._local: dict[str, aiohttp.ClientSession] = {}
@@ -133,7 +135,7 @@ class Peer:
     ) -> Any:  # fmt: skip
         """Send a request and return the decoded answer (None where no `answer` type is given)."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._http.attention.within(timeout_s):
                 async with self.request(method, path, body=body, headers=headers) as response:
                     content = await _content(response)
                     if response.status >= 400:
@@ -178,16 +180,17 @@ class Peer:
         fails, breaks, or brings nothing (not even a comment) for `silence_s`.
         """
         parser = SseParser()
+        within = self._http.attention.within
         try:
-            async with asyncio.timeout(silence_s):
+            async with within(silence_s):
                 manager = self.request(method, path, body=body, headers=headers)
                 response = await manager.__aenter__()
             try:
                 if response.status >= 300:
-                    async with asyncio.timeout(silence_s):
+                    async with within(silence_s):
                         raise error_of(response.status, await _content(response))
                 while True:
-                    async with asyncio.timeout(silence_s):
+                    async with within(silence_s):
                         chunk = await response.content.readany()
                     if not chunk:
                         return

@@ -20,6 +20,7 @@ from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.reach import Line, LocalReach, SshReach, reached_again
 from arriero.orchestrator.store import open_database
 from arriero.orchestrator.store.nodes import LEAP_MAX, NodeEntry, NodeStore
+from arriero.runtime.attention import Attention
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.runtime.http import Http
@@ -108,6 +109,7 @@ async def test_a_node_whose_connection_is_gone_is_no_choice_from_then_on() -> No
             GoneReach(line),
             clock,
             SystemEntropy(),
+            attention=Attention(),
             node_timeout_s=60,
             connect_timeout_s=60,
             name="far",
@@ -148,7 +150,7 @@ async def test_a_machine_is_missed_the_first_time_when_connecting_to_it_took_too
         # Were the slow one missed as others are, it would be long before the one that refuses.
         for name, reach, node_timeout_s in (("slow", SlowReach(), 0.05), ("refused", RefusedReach(), 0.5)):
             link = NodeLink(
-                registry, reach, clock, SystemEntropy(), node_timeout_s=node_timeout_s,
+                registry, reach, clock, SystemEntropy(), attention=Attention(), node_timeout_s=node_timeout_s,
                 connect_timeout_s=connect_timeout_s, name=name,
             )  # fmt: skip
             tasks.append(group.create_task(link.run()))
@@ -220,7 +222,14 @@ async def test_a_defect_on_the_way_to_one_node_ends_nothing_else() -> None:
     node = registered(registry, "far")
     reach = BrokenReach()
     link = NodeLink(
-        registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60, name="far"
+        registry,
+        reach,
+        clock,
+        SystemEntropy(),
+        attention=Attention(),
+        node_timeout_s=60,
+        connect_timeout_s=60,
+        name="far",
     )
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         task = group.create_task(link.run())
@@ -253,7 +262,14 @@ async def test_a_refusal_may_tell_whatever_it_likes(number: object) -> None:
     registry = NodeRegistry(clock, Feed())
     node, reach = registered(registry, "far"), TakenReach(number)
     link = NodeLink(
-        registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60, name="far"
+        registry,
+        reach,
+        clock,
+        SystemEntropy(),
+        attention=Attention(),
+        node_timeout_s=60,
+        connect_timeout_s=60,
+        name="far",
     )
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         task = group.create_task(link.run())
@@ -308,7 +324,13 @@ async def test_two_with_the_same_id_do_not_take_a_node_from_each_other_for_ever(
                     running.state, http, Copied(number), LocalConnection(SystemEntropy(), tmp_path)
                 )
                 link = NodeLink(
-                    registry, reach, clock, SystemEntropy(), node_timeout_s=60, connect_timeout_s=60
+                    registry,
+                    reach,
+                    clock,
+                    SystemEntropy(),
+                    attention=Attention(),
+                    node_timeout_s=60,
+                    connect_timeout_s=60,
                 )
                 tasks.append(group.create_task(link.run()))
                 while not registry.is_ready():
