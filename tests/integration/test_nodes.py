@@ -364,6 +364,9 @@ def test_a_copy_outlasts_cuts_of_either_machine(home: Home, remote: Remote, tmp_
             missed(client, name)
             machine.server.start()
             came = comes(came + 4_500_000)
+        # The agent after this one knows no ways either, and nobody reaches the model's source.
+        third.kill_agent()
+        comes(came + 2_000_000)
         done = cli.finish(pull)
         assert done.code == 0, done
         assert done.json["source"] == "node far"

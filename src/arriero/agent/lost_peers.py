@@ -36,17 +36,26 @@ _LOST: Final = frozenset(
 )
 
 
+async def _unheard(_: str) -> None:
+    """Tell nobody."""
+
+
 class _PeersTold(Exception):
     """Other ways to peers are known now: they are worth more than another attempt where this one failed."""
 
 
 class Wishes:
-    """What a download was asked for with, besides its reference; of peers it may hear more while it runs."""
+    """What a download was asked for with, besides its reference; of peers it may hear more while it runs.
 
-    def __init__(self, peers: Sequence[PeerSource] = ()) -> None:
+    `lost`: whom the model came from when the agent before us ended.
+    """
+
+    def __init__(self, peers: Sequence[PeerSource] = (), *, lost: str = "") -> None:
         self.peers = tuple(peers)
         #: Who was lost while the model came from it, for people: "node attic".  Empty: nobody.
-        self.lost = ""
+        self.lost = lost
+        #: Told, for people, whom the model is about to come from; kept for the agent after us.
+        self.before_peer: Callable[[str], Awaitable[None]] = _unheard
         self._told = asyncio.Event()
         #: Whatever is told now, the round that runs goes on to its end.
         self._is_last = False

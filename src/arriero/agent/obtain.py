@@ -158,6 +158,7 @@ class Obtainer:
                 projector=projector or offer.projector,
             )
             job.wants_peers = False
+            await wishes.before_peer(supply.source)
             try:
                 return await self._from(job, supply)
             except ArrieroError as error:

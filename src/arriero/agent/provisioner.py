@@ -6,6 +6,7 @@ next download of the same content goes on with it.
 """
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,17 +164,19 @@ class ModelProvisioner:
         """Go on with the downloads that an agent before us left open; return their references.
 
         They keep their ids, so whoever followed one comes back to it.  A share in each is ours: it goes
-        on until it ends, or somebody leaves it without naming a share.
+        on until it ends, or somebody leaves it without naming a share.  The ways to other machines are
+        not known any more: one that came from there waits until they are told.
         """
         resumed = []
         for left in await self._open.all():
             try:
-                running = self._start(left.model_ref, Wishes(), left=left)
+                running = self._start(left.model_ref, Wishes(lost=left.source), left=left)
             except ArrieroError:
                 # A reference that this release does not take any more.
                 await self._open.remove(left.download_id)
                 continue
             running.is_clean = left.is_clean
+            running.job.wants_peers = bool(left.source)
             self._ticket(running)
             resumed.append(left.model_ref)
         return resumed
@@ -381,7 +384,10 @@ class ModelProvisioner:
             return await self._obtainer.obtain(job, parsed, wishes)
         running = self._all[job.download_id]
         running.is_open = True
-        await self._open.add(OpenDownload(job.download_id, job.model_ref, job.started_unix, running.is_clean))
+        await self._open.add(
+            OpenDownload(job.download_id, job.model_ref, job.started_unix, running.is_clean, wishes.lost)
+        )
+        wishes.before_peer = functools.partial(self._open.comes_from, job.download_id)
         async with self._places:
             return await self._obtainer.obtain(job, parsed, wishes)
 
