@@ -95,7 +95,6 @@ class NodeLink:
         self._clock = clock
         self._entropy = entropy
         self._attention = attention
-        self._node_timeout_s = node_timeout_s
         self._missed_s = MISSED_SHARE * node_timeout_s
         self._first_s = max(connect_timeout_s, self._missed_s)
         self._name = name
@@ -260,6 +259,8 @@ class NodeLink:
             raise self._unfit(has)
         for worker in snapshot.workers:
             await self._lead(line, worker)
+        # From now on, and not after the answer to the question below: else it is missed for the time before.
+        self._last_heard_s = self._listened_s()
         node = self._registry.joined(snapshot, line, record, name=self._name)
         if self._node is not None and self._node is not node:
             why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
@@ -270,7 +271,8 @@ class NodeLink:
         with contextlib.suppress(ArrieroError):
             started_s = self._clock.monotonic_s()
             peer = line.peer(record.url, record.token)
-            await peer.call("GET", "/v1/health", timeout_s=self._node_timeout_s)
+            # Its beats wait meanwhile.
+            await peer.call("GET", "/v1/health", timeout_s=self._missed_s / 2)
             node.latency_ms = (self._clock.monotonic_s() - started_s) * 1000
         return node
 
