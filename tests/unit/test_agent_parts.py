@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import threading
 from contextlib import aclosing
 from pathlib import Path
 
@@ -160,6 +161,34 @@ def test_a_workers_environment_has_no_secrets_of_the_agent() -> None:
 def test_a_worker_command_is_split_as_a_shell_would() -> None:
     assert worker_argv("/opt/x/python -m 'a b'") == ["/opt/x/python", "-m", "a b"]
     assert worker_argv("")[1:] == ["-m", "arriero", "worker"]
+
+
+class Hanging(Machine):
+    """One whose cards do not answer until they are let."""
+
+    looks = 0
+    let: threading.Event
+
+    def look(self) -> None:
+        """Take a look, for as long as it takes."""
+        self.looks += 1
+        assert self.let.wait(30)
+        super().look()
+
+
+async def test_a_card_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    made = Hanging(node="n", home=tmp_path, engines={}, builds=[], platform=this_platform())
+    made.let = threading.Event()
+    for _ in range(3):
+        await made.look_aside(within_s=0.01)
+    assert made.looks == 1, "each look that hangs takes a thread"
+    assert not made.capabilities().devices
+    made.let.set()
+    await made.look_aside()
+    assert made.looks == 1
+    assert [device.id for device in made.capabilities().devices] == ["cpu"]
+    await made.look_aside()
+    assert made.looks == 2
 
 
 def machine(tmp_path: Path) -> Machine:
