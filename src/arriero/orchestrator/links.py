@@ -45,8 +45,6 @@ _LASTING: Final = frozenset(
 )
 #: The agent that was known is not there, or another answers at its port: its run file tells which.
 _AGENT_GONE: Final = frozenset({ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
-#: It is not the node that fails, but we.
-_OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
 #: The share of `node_timeout_s` after which a silent node is missed.  The silence begins with the last
 #: beat, which may have come right before the cut, and its news has to reach whoever asks: so the whole of
@@ -121,17 +119,20 @@ class NodeLink:
         try:
             while True:
                 started_s = self._listened_s()
+                is_our_own = False
                 try:
                     await self._hold_once()
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
                 except ArrieroError as caught:
                     error = caught
+                    is_our_own = error.code is ErrorCode.STATE_DIR_UNUSABLE
                 except Exception as caught:  # noqa: BLE001  The edge: other nodes' links go on.
+                    is_our_own = True
                     error = ArrieroError(ErrorCode.INTERNAL_ERROR, f"its link failed: {caught!r}")
                     if error.message != told:
                         self._log.exception("link failed", node=self._name)
-                if error.code in _OUR_OWN:
-                    # Whatever is wrong with this line, the next one is made from the beginning.
+                if is_our_own:
+                    # It is not the node that fails: whatever is wrong here, the next line is made anew.
                     await self._reach.drop()
                 if error.code is ErrorCode.NOT_RUNNING and self._name is None:
                     # Nobody ever said that this machine has one.

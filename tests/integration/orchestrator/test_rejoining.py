@@ -6,15 +6,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, fail
 from arriero.contracts.events import AgentBeat, AgentSnapshot
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.feed import Feed
-from arriero.orchestrator.links import NodeLink
+from arriero.orchestrator.links import LASTING_RETRY_S, NodeLink
 from arriero.orchestrator.nodes import NodeRegistry
 from arriero.orchestrator.reach import Line
 from arriero.orchestrator.store.nodes import NodeEntry
@@ -69,13 +70,22 @@ async def agent(beats: list[float]) -> AsyncIterator[str]:
             await asyncio.wait(answers)
 
 
-class Way:
-    """A line that holds, to an agent that is not there until it `is_there`."""
+class Hasty(SystemClock):
+    """What lasts is tried again in a moment."""
 
-    def __init__(self, url: str, line: Line) -> None:
-        self._url = url
+    async def sleep_s(self, seconds: float) -> None:
+        """Sleep, but not for that long."""
+        await super().sleep_s(seconds / 100 if seconds == LASTING_RETRY_S else seconds)
+
+
+class Way:
+    """A line that holds, to an agent that is not there until it `is_there`; `others` are asked before it."""
+
+    def __init__(self, url: str, line: Line, *others: str) -> None:
+        self._urls = [*others, url]
         self._line = line
-        self.is_there = False
+        self.is_there = bool(others)
+        self.drops = 0
 
     async def line(self) -> Line:
         """Return it."""
@@ -85,10 +95,12 @@ class Way:
         """Return how it is talked to."""
         if not self.is_there:
             fail(ErrorCode.NOT_RUNNING, "not yet")
-        return RunRecord(pid=1, url=self._url, version=__version__, started=0.0)
+        url = self._urls.pop(0) if len(self._urls) > 1 else self._urls[0]
+        return RunRecord(pid=1, url=url, version=__version__, started=0.0)
 
     async def drop(self, above: int = 0) -> None:
-        """Keep the line."""
+        """Keep the line, and take note."""
+        self.drops += 1
 
 
 async def test_a_machine_that_is_back_is_not_missed_for_the_time_before(tmp_path: Path) -> None:
@@ -116,3 +128,37 @@ async def test_a_machine_that_is_back_is_not_missed_for_the_time_before(tmp_path
         NodeState.UNREACHABLE,
         NodeState.READY,
     ]
+
+
+DEFECT = msgspec.json.encode(ErrorResponse(error=ArrieroError(ErrorCode.INTERNAL_ERROR).body()))
+
+
+@pytest.mark.parametrize(("status", "content"), [(404, b"<h1>Not here</h1>"), (500, DEFECT)])
+async def test_whoever_else_answers_at_its_port_costs_no_line(
+    tmp_path: Path, status: int, content: bytes
+) -> None:
+    clock, registry = Hasty(), NodeRegistry(SystemClock(), Feed())
+    node = registry.add(NodeEntry(name="far", ssh="u@h", install_path="arr", capabilities=HAS))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %d No\r\ncontent-length: %d\r\n\r\n%b" % (status, len(content), content))
+        await writer.drain()
+        writer.close()
+
+    stranger = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = stranger.sockets[0].getsockname()[1]
+    async with Http() as http, agent([]) as url, stranger:
+        line = Line(LocalConnection(SystemEntropy(), tmp_path), http, holder_id="o", lease=1)
+        # After a restart of its machine another program may have the port that it had.
+        way = Way(url, line, f"http://127.0.0.1:{port}")
+        link = NodeLink(
+            registry, way, clock, SystemEntropy(), attention=http.attention,
+            node_timeout_s=NODE_TIMEOUT_S, connect_timeout_s=NODE_TIMEOUT_S, name="far",
+        )  # fmt: skip
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+            task = group.create_task(link.run())
+            while node.state is not NodeState.READY:
+                await registry.changed.wait()
+            assert way.drops == 0, "every stream of its workers went with the line"
+            task.cancel()
