@@ -11,8 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from arriero.runtime.state_dir import StateDir
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 #: Zombies whose parent is pid 1 may take seconds to go.
 PATIENCE_S = 5.0
