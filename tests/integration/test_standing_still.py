@@ -42,7 +42,7 @@ def states_told(url: str) -> Iterator[list[NodeState]]:
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         yield states
-    reader.join(10)
+    reader.join(60)
 
 
 def stand_still(pid: int) -> None:
@@ -102,8 +102,10 @@ async def test_time_in_which_we_stood_still_is_added() -> None:
             time.sleep(still_s)  # noqa: ASYNC251
             assert attention.away_s() > 0
             await asyncio.Event().wait()
-    assert loop.time() - begun_s >= still_s + limit_s - STOOD_STILL_S
-    assert still_s - STOOD_STILL_S <= attention.away_s() <= still_s + STOOD_STILL_S
+    away_s, took_s = attention.away_s(), loop.time() - begun_s
+    assert took_s >= still_s + limit_s - STOOD_STILL_S
+    # The machine may have stood still by itself, too.
+    assert still_s - STOOD_STILL_S <= away_s <= took_s
 
 
 async def test_what_ends_in_time_ends() -> None:
