@@ -223,9 +223,9 @@ async def test_a_stalled_stream_is_ended_and_its_slot_is_free(starter: HandStart
 
 
 async def test_a_stream_that_is_slow_but_moves_is_not_stalled(starter: HandStarter) -> None:
-    worker = starter.start(stall_s=5.0, engine_options={"token_s": 0.5})
+    worker = starter.start(stall_s=1.0, engine_options={"token_s": 0.2})
     async with peer_of(worker) as peer:
-        assert await end_of(await begun(peer, max_tokens=11)) == "done"
+        assert await end_of(await begun(peer, max_tokens=10)) == "done"
 
 
 def test_a_client_that_does_not_read_gives_its_slot_back(starter: HandStarter) -> None:
