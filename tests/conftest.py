@@ -20,7 +20,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 #: Zombies whose parent is pid 1 may take seconds to go.
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 #: Of each daemon's log, with a test that failed.
 WARNINGS_MAX = 40
 
@@ -120,7 +120,7 @@ def _checked(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[No
         await test(**arguments)
         left = {task for task in asyncio.all_tasks() - before if not task.done()}
         if left:
-            await asyncio.wait(left, timeout=1)
+            await asyncio.wait(left, timeout=10)
         assert not {task for task in left if not task.done()}, f"tasks left running: {left}"
 
     return run

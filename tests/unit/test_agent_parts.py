@@ -60,7 +60,7 @@ def test_only_the_newest_logs_of_ended_workers_are_kept(tmp_path: Path) -> None:
 async def test_a_log_is_followed_over_a_rotation(tmp_path: Path) -> None:
     path, ended = tmp_path / "w-1.log", asyncio.Event()
     path.write_text("one\ntwo\n")
-    async with asyncio.timeout(10), aclosing(follow(path, ended, lines=1)) as blocks:
+    async with asyncio.timeout(60), aclosing(follow(path, ended, lines=1)) as blocks:
         assert await anext(blocks) == b"two\n"
         with path.open("a") as writer:
             writer.write("three\n")
@@ -101,7 +101,7 @@ def snapshot() -> AgentSnapshot:
 
 async def test_a_reader_gets_a_snapshot_then_every_change() -> None:
     feed = Feed(snapshot)
-    async with asyncio.timeout(10), aclosing(feed.read()) as events:
+    async with asyncio.timeout(60), aclosing(feed.read()) as events:
         assert isinstance(await anext(events), AgentSnapshot)
         for number in range(3):
             feed.publish(beat(number))
@@ -112,7 +112,7 @@ async def test_a_reader_gets_a_snapshot_then_every_change() -> None:
 
 async def test_a_slow_reader_gets_a_new_snapshot_instead_of_a_backlog() -> None:
     feed = Feed(snapshot)
-    async with asyncio.timeout(10), aclosing(feed.read()) as events:
+    async with asyncio.timeout(60), aclosing(feed.read()) as events:
         await anext(events)
         for number in range(QUEUE_MAX + 2):
             feed.publish(beat(number))
