@@ -8,11 +8,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import asyncssh
+import psutil
 import pytest
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -295,6 +296,66 @@ async def test_a_host_on_the_way(
     assert error.code is ErrorCode.SSH_HOST_KEY_UNKNOWN
     (ssh_dir / "known_hosts").write_text(server.known_hosts_line())
     await works(fabric, address)
+    await until("nobody is logged in on the way", lambda: not logged_in(server))
+    config = (ssh_dir / "config").read_text()
+    (ssh_dir / "config").write_text("UserKnownHostsFile none\n" + config)
+    assert (await refused(fabric, address)).code is ErrorCode.SSH_HOST_KEY_UNKNOWN
+
+
+async def test_a_way_for_all_hosts_leads_not_over_itself(
+    fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path
+) -> None:
+    (ssh_dir / "config").write_text(
+        f'Host jump\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
+        f"Host box\n  Port {standing.port}\nHost *\n  HostName 127.0.0.1\n  ProxyJump jump\n"
+    )
+    (ssh_dir / "known_hosts").write_text(server.known_hosts_line() + standing.known_hosts_line())
+    await works(fabric, NodeAddress("box", key_path=str(standing.key)))
+    await works(fabric, NodeAddress("jump"))
+
+
+@pytest.mark.parametrize("hops", ["jump", "jump,second"])
+async def test_an_attempt_that_is_given_up_leaves_nobody_on_the_way(
+    fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path, hops: str
+) -> None:
+    with silence() as port:
+        (ssh_dir / "config").write_text(
+            f'Host jump\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
+            f'Host second\n  Port {standing.port}\n  IdentityFile "{standing.key}"\n'
+            f"Host box\n  Port {port}\n  ProxyJump {hops}\nHost *\n  HostName 127.0.0.1\n"
+        )
+        (ssh_dir / "known_hosts").write_text(server.known_hosts_line() + standing.known_hosts_line())
+        async with asyncio.TaskGroup() as group:
+            attempt = group.create_task(fabric.connect(NodeAddress("box", key_path=str(standing.key))))
+            await until("the last hop asks and gets no answer", lambda: is_asked(port))
+            assert logged_in(server)
+            attempt.cancel()
+        # And with them our ends are gone.
+        await until("nobody is logged in", lambda: not logged_in(server) and not logged_in(standing))
+
+
+@contextmanager
+def silence() -> Iterator[int]:
+    """Yield a port that answers nothing at all, as one of a machine that is switched off."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        # Nobody accepts the one for whom there is room.
+        with socket.create_connection(listener.getsockname()):
+            yield listener.getsockname()[1]
+
+
+def is_asked(port: int) -> bool:
+    found = psutil.net_connections("tcp4")
+    return any(each.status == psutil.CONN_SYN_SENT and each.raddr[1:] == (port,) for each in found)
+
+
+def logged_in(server: SshServer) -> list[psutil.Process]:
+    return [process for process in server.processes() if not server.is_listener(process)]
+
+
+async def until(what: str, look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not look():  # noqa: ASYNC110 - Other processes tell nobody of their end.
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("command", ["false", "/no/such/program", "sleep 0.05"])

@@ -13,12 +13,15 @@ from arriero.fabrics.base import NodeAddress
 from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
 from arriero.fabrics.ssh_key_first import show_key_first
+from arriero.fabrics.ssh_way import (
+    NO_KNOWN_HOSTS,
+    configured,
+    connect_over,
+    known_hosts_of,
+    open_way,
+)
 from arriero.runtime.entropy import Entropy
 
-KEEPALIVE_EVERY_S: Final = 1.0
-#: Asked and not answered so often, the connection is given up when the next one is due: after 3 s.
-KEEPALIVES_UNANSWERED_MAX: Final = 2
-SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
 #: Kinds of host keys and the algorithms they sign with, the first ones preferred, as OpenSSH does.
 KINDS: Final[dict[str, tuple[str, ...]]] = {
     "ssh-ed25519": ("ssh-ed25519",),
@@ -27,8 +30,6 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
     "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
     "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
 }
-#: Instead of an empty list, which would stand for ~/.ssh/known_hosts.
-_NO_KNOWN_HOSTS: Final[Any] = ([], [], [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +112,11 @@ class _Trust:
 
     def __init__(self, address: NodeAddress) -> None:
         self.pinned = address.host_key
-        self.known_hosts: Any = _NO_KNOWN_HOSTS
+        self.known_hosts: Any = NO_KNOWN_HOSTS
         self._preferred: list[str] = []
         if self.pinned is None:
-            # Told so: unlike connecting, this reads the user's configuration only when it is asked to.
-            options = asyncssh.SSHClientConnectionOptions(config=(), **_target(address), client_keys=None)
-            self.known_hosts = _known_hosts(options.known_hosts)
+            options = configured(address)
+            self.known_hosts = known_hosts_of(options)
             keys, authorities = self._match(options.host_key_alias or options.host, "", options.port)
             certificates = [f"{name}-cert-v01@openssh.com" for kind in KINDS for name in KINDS[kind]]
             self._preferred = [*(certificates if authorities else []), *_algorithms(keys)]
@@ -182,14 +182,13 @@ async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) 
     gone = Gone()
     client = _Client(address, gone)
     try:
-        connection = await asyncssh.connect(
-            **_target(address),
+        connection = await connect_over(
+            await open_way(address),
+            address,
             client_keys=_keys(address),
             client_factory=lambda: client,
             known_hosts=trust.known_hosts,
             server_host_key_algs=list(algorithms),
-            keepalive_interval=KEEPALIVE_EVERY_S,
-            keepalive_count_max=KEEPALIVES_UNANSWERED_MAX,
             # What the user's configuration may send along, or open, is for the user's own sessions.
             command=None,
             env={},
@@ -205,30 +204,9 @@ async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) 
     return connection, gone
 
 
-def _target(address: NodeAddress) -> dict[str, Any]:
-    # What is left out is looked up in ~/.ssh/config.
-    target: dict[str, Any] = {"host": address.host}
-    if address.port is not None:
-        target["port"] = address.port
-    if address.user is not None:
-        target["username"] = address.user
-    return target
-
-
 def _keys(address: NodeAddress) -> Any:
     # Nothing stands for those of ~/.ssh/config, else of ~/.ssh; the agent's are tried before any.
     return () if address.key_path is None else [str(Path(address.key_path).expanduser())]
-
-
-def _known_hosts(named: Any) -> Any:
-    """Return, blocking, those of the files of known hosts that are there.
-
-    None would switch the check off for asyncssh; here it means that no host is known.
-    """
-    if named is None:
-        return _NO_KNOWN_HOSTS
-    paths = [Path(str(name)).expanduser() for name in named or ["~/.ssh/known_hosts"]]
-    return [str(path) for path in [*paths, SYSTEM_KNOWN_HOSTS] if path.is_file()] or _NO_KNOWN_HOSTS
 
 
 # --- What a person is told -----------------------------------------------------------------------
