@@ -1,6 +1,8 @@
 """What goes wrong between here and a machine, played by a real sshd; each fault has its own error."""
 
 import asyncio
+import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -9,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import asyncssh
@@ -236,6 +238,43 @@ async def test_a_host_key_that_known_hosts_has_otherwise(
     error = await refused(fabric, NodeAddress.parse(server.target, key_path=str(server.key)))
     assert error.code is ErrorCode.SSH_HOST_KEY_CHANGED
     assert "CHANGED" in error.message and error.details["fingerprint"] == server.fingerprint(kind)
+
+
+async def test_a_cut_between_two_kinds_of_host_keys_is_no_change(
+    fabric: SshFabric, standing: SshServer
+) -> None:
+    # The Ed25519 key is shown first: the one that is pinned is asked for over a second connection.
+    pinned = known(standing, host_key=standing.fingerprint("ssh-rsa"))
+    async with cuts(standing.port, which=2) as port:
+        await works(fabric, dataclasses.replace(pinned, port=port))
+
+
+@asynccontextmanager
+async def cuts(port: int, *, which: int) -> AsyncIterator[int]:
+    """Yield a port that leads to another one, for all connections but the one with that number."""
+    numbers = itertools.count(1)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if next(numbers) == which:
+            writer.close()
+            return
+        there, here = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(carry(reader, here))
+            group.create_task(carry(there, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+    assert next(numbers) > which
+
+
+async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while chunk := await reader.read(65_536):
+            writer.write(chunk)
+            await writer.drain()
+    writer.close()
 
 
 @pytest.mark.parametrize(

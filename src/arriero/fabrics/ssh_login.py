@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import asyncssh
+from asyncssh.packet import SSHPacket
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress
@@ -41,6 +42,8 @@ class Presented:
     host: str
     ip_address: str
     port: int
+    #: Algorithms of all the host keys that the machine has.
+    offered: Sequence[str]
 
     @property
     def fingerprint(self) -> str:
@@ -81,12 +84,23 @@ class _Client(asyncssh.SSHClient):
         """Return whether the key is the pinned one."""
         if self._pinned is not None and key.get_fingerprint() == self._pinned:
             return True
-        self.presented = Presented(key, host, addr, port)
+        assert self._connection is not None
+        self.presented = Presented(key, host, addr, port, _offered(self._connection))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell why the connection is gone."""
         self._gone.tell("closed" if exc is None else reason_of(exc))
+
+
+def _offered(connection: asyncssh.SSHClientConnection) -> Sequence[str]:
+    # Both versions and both sides' lists, as they are signed; in the last one, after 17 bytes, the names
+    # of key exchanges come before those of host keys (RFC 4253, 7.1).
+    said = SSHPacket(connection.get_hash_prefix())
+    *_, theirs = (said.get_string() for _ in range(4))
+    lists = SSHPacket(theirs[17:])
+    lists.get_namelist()
+    return [name.decode("ascii", "replace") for name in lists.get_namelist()]
 
 
 async def log_in(
@@ -126,9 +140,10 @@ class _Trust:
         return list(dict.fromkeys([*self._preferred, *_algorithms(list(KINDS))]))
 
     def expected(self, presented: Presented, tried: Sequence[str]) -> list[str]:
-        """Return, blocking, what else the machine may show that would be trusted."""
+        """Return, blocking, what else the machine can show that may be trusted."""
         kinds = list(KINDS) if self.pinned is not None else self.known_kinds(presented)
-        return _algorithms([kind for kind in kinds if kind not in tried])
+        others = _algorithms([kind for kind in kinds if kind not in tried])
+        return [name for name in others if name in presented.offered]
 
     def known_kinds(self, presented: Presented) -> list[str]:
         """Return, blocking, the kinds of keys that known_hosts has for the machine that showed one."""
@@ -155,11 +170,6 @@ async def _trusted(address: NodeAddress, trust: _Trust) -> "_LoggedIn":
             if not algorithms:
                 is_changed = trust.pinned is not None or bool(trust.known_kinds(first))
                 raise _unknown(address, first, is_changed=is_changed) from error
-        except (asyncssh.DisconnectError, OSError) as error:
-            # It has none of those: it says so, or hangs up.
-            if first is None:
-                raise
-            raise _unknown(address, first, is_changed=True) from error
 
 
 def _algorithms(kinds: Sequence[str]) -> list[str]:
