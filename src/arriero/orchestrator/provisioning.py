@@ -323,12 +323,11 @@ class ModelProvisioner:
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
         record = msgspec.structs.replace(record, node=node.name)
+        if found.movement is not None:
+            self._registry.views.made(found.movement, record.worker_id)
         # Its event may have been quicker than this answer: then we know more already.
         if self._registry.workers.find(record.worker_id) is None:
             self._registry.observe(record)
-        if found.movement is not None:
-            # A beat that was on its way already does not count it yet.
-            found.movement.beats_left = 2
         return record
 
     async def start_download(

@@ -253,6 +253,22 @@ async def test_a_worker_that_is_asked_for_by_name_has_room_made_by_what_is_idle(
             assert [(body.model_ref, body.slots) for body in andes.spawned] == [(B, 2)]
 
 
+async def test_what_a_worker_takes_is_counted_once_as_soon_as_its_machine_counts_it(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes:
+        holds_one(andes, A, B)
+        andes.memory_of = {A: 3500, B: 3500}
+        andes.has_models(model(A, 3500), model(B, 3500))
+        andes.spawn.load_gate = asyncio.Event()
+        async with orchestrator(tmp_path) as o:
+            await o.until("/v1/nodes", lambda answer: answer["nodes"])
+            assert (await start(o, A))[0] == 202
+            # Its first beat since; the one after it comes a while later.
+            await o.until("/v1/nodes", lambda answer: answer["nodes"][0]["ram_free_mb"] == 4078)
+            assert (await start(o, B))[0] == 202
+            andes.spawn.load_gate.set()
+            assert {w.record.model_ref for w in andes.workers.values()} == {A, B}
+
+
 async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_for_by_name(
     tmp_path: Path,
 ) -> None:
