@@ -234,6 +234,30 @@ async def test_a_download_is_left_also_by_who_went_before_it_was_answered(tmp_pa
             assert await andes.left.get() == "h-1"
 
 
+async def test_a_worker_that_is_there_first_takes_what_waits_for_one_that_is_fetched_or_loads(
+    tmp_path: Path,
+) -> None:
+    def is_made(task: dict[str, Any]) -> bool:
+        return bool(task["state"] == "provisioning")
+
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+        await o.until("/v1/nodes", lambda answer: answer["nodes"])
+        andes.download_frames = [download_frame(DownloadState.DOWNLOADING, 400)] * 100
+        _, fetched = await post(o, {"prompt": "x", "model": "hf:org/repo:Q4_K_M"})
+        await o.until(f"/v1/tasks/{fetched['task_id']}", is_made)
+        await andes.add_worker("hf:org/repo:Q4_K_M")
+        assert (await finished(o, fetched["task_id"]))["state"] == "done"
+        async with asyncio.timeout(5):
+            assert await andes.left.get() == "h-1"
+        assert andes.spawned == []
+        andes.spawn.load_gate = asyncio.Event()
+        _, loading = await post(o, {"prompt": "x"})
+        await o.until(f"/v1/tasks/{loading['task_id']}", is_made)
+        await andes.add_worker()
+        assert (await finished(o, loading["task_id"]))["state"] == "done"
+        andes.spawn.load_gate.set()
+
+
 async def test_a_deadline_ends_a_task_as_timed_out(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
         worker = await andes.add_worker(script=WorkerScript(hold_after=1))
