@@ -209,6 +209,26 @@ async def test_a_disk_that_becomes_full(
     assert "nothing is left" in told.of("rollback")
 
 
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("disk", ["size=500m"], indirect=True)
+async def test_a_full_disk_keeps_nobody_from_what_is_installed_there(
+    connection: Connection, disk: Path, dist: Path, tmp_path: Path, told: Told
+) -> None:
+    machines = machines_of(dist, small_package(tmp_path))
+    await installed(connection, machines, disk / "there", told)
+    left_mb = shutil.disk_usage(disk).free // 2**20 - 20
+    with (disk / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, left_mb * 2**20)
+    assert not (await installed(connection, machines, disk / "there", told)).is_new
+    findings = {each.name: each for each in await machines.doctor(connection, str(disk / "there"))}
+    assert findings["disk"].code is ErrorCode.INSUFFICIENT_DISK and not findings["disk"].is_ok
+    assert findings["environment"].is_ok and findings["agent"].code is ErrorCode.NOT_RUNNING
+    newer = machines_of(dist, small_package(tmp_path / "newer", version="0.0.2"))
+    assert (await refused(connection, newer, disk / "there", told)).code is ErrorCode.INSUFFICIENT_DISK
+    assert (disk / "there" / "current").exists()
+
+
 # --- The installation ----------------------------------------------------------------------------
 
 

@@ -203,6 +203,8 @@ def doctor(*, name: str, as_json: bool) -> int:
         for finding in found:
             mark = "ok" if finding.is_ok else (finding.code or "problem")
             render.out(f"{mark:<24}{finding.name}: {finding.message}")
+            if finding.advice:
+                render.out(f"{'':<24}  hint: {finding.advice}")
     return Exit.OK if is_well else Exit.ERROR
 
 

@@ -13,7 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines import carrying, lock, wheel
-from arriero.orchestrator.machines.survey import Survey, Tell
+from arriero.orchestrator.machines.survey import Survey, Tell, check_disk
 from arriero.orchestrator.machines.there import ask
 
 PREPARE_TIMEOUT_S: Final = 60.0
@@ -90,6 +90,8 @@ async def install(
     if packed.tag == survey.current:
         tell(NodeStep(step="install", message=f"arriero {version} is there already ({packed.tag})"))
         return Installation(packed.tag, version, path, python, _before(survey), is_new=False)
+    if packed.tag not in survey.environments:
+        check_disk(survey)
     try:
         prepared = await ask(connection, python, "prepare", timeout_s=PREPARE_TIMEOUT_S, path=path)
         if packed.tag not in survey.environments:
