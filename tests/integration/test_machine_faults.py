@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from tests.support.engine_wheels import pack, sha256
 from tests.support.machines import Told, reached, small_package
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -332,6 +333,37 @@ async def test_a_package_that_cannot_be_had_is_named(
     details = missing.value.details
     assert details["package"] == "xllamacpp" and "musl" in details["platform"] and details["python"]
     assert not there.parent.exists()
+
+
+async def test_a_package_that_the_machines_own_index_lacks_is_named(
+    there: Path, tmp_path: Path, told: Told
+) -> None:
+    listing = tmp_path / "simple" / "sniffio"
+    listing.mkdir(parents=True)
+    has = pack(
+        listing, name="sniffio", version="1.3.1", tag="py3-none-any", content={"sniffio/__init__.py": b""}
+    )
+    (listing / "index.html").write_text(f'<a href="{has.name}">{has.name}</a>')
+    package = small_package(tmp_path)
+    (package / "orchestrator/machines/runtime.txt").write_text(
+        f"sniffio==1.3.1 --hash=sha256:{sha256(has)}\nxllamacpp==1.2 --hash=sha256:{'0' * 64}\n"
+    )
+    env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": (tmp_path / "simple").as_uri()}
+    machines = machines_of(tmp_path / "dist", package)
+    with SshServer(tmp_path / "sshd", env=env) as own, tempfile.TemporaryDirectory(prefix="arr-") as sockets:
+        async with reached(own, Path(sockets)) as connection:
+            found = await machines.survey(connection, str(there), told)
+            with pytest.raises(ArrieroError) as missing:
+                await machines.install(connection, found, told)
+    assert missing.value.code is ErrorCode.PACKAGE_UNAVAILABLE, missing.value
+    details = missing.value.details
+    assert (details["package"], details["python"]) == (
+        "xllamacpp",
+        ".".join(map(str, found.python_version[:2])),
+    )
+    assert any("No matching distribution" in line for line in details["last_lines"]), details
+    assert "its own package index has the packages" in told.of("package")
+    assert not there.parent.exists() and "nothing is left" in told.of("rollback")
 
 
 async def test_a_wheel_with_other_content_is_not_carried(
