@@ -107,8 +107,9 @@ class Upkeep:
                     with contextlib.suppress(ArrieroError):
                         await self._drained(node, tell, wait_s)
                     await self._replace(node, entry, connection, installed, tell)
-                    # A build that was there may have been for the engine's version before.
-                    await fit_engine(node, tell)
+            # A build that was there may have been for the engine's version before.  One that has to be
+            # fetched takes long: meanwhile the machine works with what it has.
+            await fit_engine(node, tell)
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
 
     async def _version(self, entry: NodeEntry, connection: Connection) -> str | None:
