@@ -284,6 +284,10 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
         assert version in shown["error"]["message"]
     refused = home.run(*COUNT, "--node", "far", "--json", **new)
     assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
+    looked = home.run("nodes", "doctor", "far", "--json", **new)
+    (wrong,) = (each for each in looked.json["findings"] if not each["is_ok"])
+    assert (looked.code, wrong["code"]) == (1, "VERSION_MISMATCH"), looked
+    assert wrong["advice"] == "arriero nodes upgrade far"
     done = home.run("nodes", "upgrade", "--all", "--json", **new)
     # The one that cannot be reached keeps no other from its upgrade.
     assert done.code == 1, done

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
-from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.events import JOINED, NodeDone, NodeStep
 from arriero.contracts.requests import NodeAddBody
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
@@ -194,6 +194,8 @@ class Adding:
                     )
                     await self._machines.start(connection, survey.install_path, entry.name, tell)
                     node = await self._joined(entry, connection, tell)
+                # From here on nothing is taken back.
+                tell(NodeStep(step=JOINED, message=f"{entry.name} has joined", actor=entry.name))
                 await fit_engine(node, tell)
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 
