@@ -109,6 +109,10 @@ class NodeLink:
             group.create_task(self._hold_forever(), name=f"hold-{self._name or 'local'}")
             group.create_task(self._watch_silence(), name=f"silence-{self._name or 'local'}")
 
+    def _is_first(self) -> bool:
+        """Return whether the machine is being reached for the first time, and nothing failed yet."""
+        return not self._was_held and self._error is None
+
     def _listened_s(self) -> float:
         """Return a time that stands still while this process does."""
         return self._clock.monotonic_s() - self._attention.away_s()
@@ -211,10 +215,13 @@ class NodeLink:
                 is_way_gone = line.is_gone or self._last_heard_s > gone_since_s
                 if not is_agent_gone or self._revive is None or is_way_gone:
                     raise
-                self._error = error
-                if self._listened_s() - gone_since_s >= AGENT_BACK_S:
+                # What left no run file was told to end, maybe with the orchestrator before, and so did
+                # its keeper.
+                has_ended = error.code is ErrorCode.NOT_RUNNING and self._is_first()
+                if has_ended or self._listened_s() - gone_since_s >= AGENT_BACK_S:
                     await self._revive(line)
                     gone_since_s = self._listened_s()
+                self._error = error
             await self._clock.sleep_s(LOOK_EVERY_S)
 
     async def _hold(self, line: Line, record: RunRecord) -> None:
@@ -308,8 +315,7 @@ class NodeLink:
         while True:
             silence_s = self._listened_s() - self._last_heard_s
             # Nobody misses a machine yet that is connected to for the first time: a slow one takes its time.
-            is_first = not self._was_held and self._error is None
-            limit_s = self._first_s if is_first else self._missed_s
+            limit_s = self._first_s if self._is_first() else self._missed_s
             if self._node is not None and silence_s >= limit_s:
                 silent = ArrieroError(
                     ErrorCode.NODE_UNREACHABLE, f"silent for {self._missed_s:.3g} s", node=self._node.name
