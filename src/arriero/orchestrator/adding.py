@@ -26,10 +26,10 @@ from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import (
-    address_of,
     ask_capabilities,
     connected,
-    reached_again,
+    connected_again,
+    is_anothers,
     read_run_record,
 )
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
@@ -42,8 +42,6 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
-#: Of that, so long for a machine to be reached again: its sshd may be starting anew.
-REACHED_AGAIN_S: Final = 20.0
 #: Whether ports of a machine can be spoken to does not depend on which.
 ANY_PORT: Final = 9
 
@@ -205,8 +203,7 @@ class Adding:
             there = await ask_capabilities(entry, connection, self._http, self._store)
             record = await read_run_record(entry, connection)
         except ArrieroError as error:
-            holder = error.details.get("holder")
-            if error.code is ErrorCode.LEASE_SUPERSEDED and holder != self._store.holder_id:
+            if is_anothers(error, self._store):
                 error.details["suggested_action"] = (
                     "remove it there first, or give another --install-path here: then each has an agent"
                 )
@@ -254,13 +251,8 @@ class Adding:
                 if self._registry.find(name) is not None:
                     await self._membership.forget(name)
                 # A connection of its own: the other one may be what failed.
-                connection = await reached_again(
-                    self._fabric, address_of(entry), self._clock, patience_s=REACHED_AGAIN_S
-                )
-                try:
+                async with connected_again(self._fabric, entry, self._clock) as connection:
                     await self._undo(begun, connection, tell)
-                finally:
-                    await connection.aclose()
         except (ArrieroError, TimeoutError) as error:
             why = error.message if isinstance(error, ArrieroError) else "it took too long"
             self._log.error("not taken back", node=name, why=why)
