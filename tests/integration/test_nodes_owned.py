@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.support import cli
 from tests.support.home import Home, until
@@ -122,3 +123,31 @@ def test_an_upgrade_whose_connection_is_lost_goes_back_over_another_one(
     assert error["code"] == "NODE_UNREACHABLE", error
     assert error["details"]["left"] == f"{before} runs again"
     assert remote.run_record()["version"] == "0.1.0"
+
+
+def test_adding_a_machine_exchanges_the_older_agent_that_runs_there_or_leaves_it_as_it_was(
+    home: Home, remote: Remote, tmp_path: Path
+) -> None:
+    assert remote.add(home, "before", "-q").code == 0
+    before = (remote.path / "current").readlink().name
+    assert home.run("down").code == 0
+    for file in home.state.home.glob("orchestrator.db*"):
+        file.unlink()
+    newer = other_version(tmp_path / "newer", "0.2.0")
+    new = {"PYTHONPATH": str(newer)}
+    assert home.run("up", "-q", **new).code == 0
+    # What is installed as the new version is another one.
+    exchanged(remote, remote.prepare(newer), other_version(tmp_path / "strange", "0.0.9"))
+    error = remote.add(home, "far", "--json", **new).json["error"]
+    assert error["code"] == "VERSION_MISMATCH", error
+    assert error["details"]["left"] == "nothing new is left there"
+    assert "give the same command again" in error["details"]["suggested_action"]
+    assert (remote.path / "current").readlink().name == before
+    told = remote.run_record()
+    assert (
+        told["version"] == "0.1.0" and psutil.Process(told["pid"]).environ()["ARRIERO_NODE_NAME"] == "before"
+    )
+    remote.prepare(newer)
+    done = remote.add(home, "far", "--json", **new)
+    assert done.code == 0 and done.json["version"] == "0.2.0", done
+    assert answers(home, **new)
