@@ -14,7 +14,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
-from arriero.contracts.fence import FENCE_HEADER, Fence, number_in
+from arriero.contracts.fence import FENCE_HEADER, Fence, number_in, silent_s_in
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
 from arriero.fabrics.ssh import check_key_file
@@ -32,6 +32,10 @@ RUN_FILE_BYTES_MAX: Final = 65_536
 #: No divisor of a second: what is sent again goes between the new ones.
 ATTEMPT_EVERY_S: Final = 0.4
 ATTEMPTS_AT_ONCE: Final = 10
+#: So long a machine that was there a moment ago is tried: its sshd may be starting anew.
+REACHED_AGAIN_S: Final = 20.0
+#: So long, at most, is waited for one that held a machine, and is silent, to lose it.
+BACK_S: Final = 30.0
 #: Each end is a socket of ours: one machine must not take those of all others.
 ENDS_MAX: Final = 256
 
@@ -329,6 +333,29 @@ async def ask_capabilities(
             await line.shut(record.url)
 
 
+async def first_words(
+    entry: NodeEntry, connection: Connection, http: Http, leases: Leases, clock: Clock
+) -> Capabilities:
+    """Return what an agent tells of itself that was started just now, as `ask_capabilities` does.
+
+    Who held the one before it has some seconds to come back, and it refuses all others meanwhile (ADR 13).
+    """
+    deadline_s = clock.monotonic_s() + BACK_S
+    while True:
+        try:
+            return await ask_capabilities(entry, connection, http, leases)
+        except ArrieroError as error:
+            may_be_gone = is_anothers(error, leases) and silent_s_in(error.details) > 0
+            if not may_be_gone or clock.monotonic_s() >= deadline_s:
+                raise
+        await clock.sleep_s(ATTEMPT_EVERY_S)
+
+
+def is_anothers(error: ArrieroError, leases: Leases) -> bool:
+    """Return whether an agent refused us since another orchestrator holds its machine."""
+    return error.code is ErrorCode.LEASE_SUPERSEDED and error.details.get("holder") != leases.holder_id
+
+
 def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
     """Return an error with advice for a registered node: commands that bear its name."""
     error.details.setdefault("node", name)
@@ -354,6 +381,19 @@ async def reached_again(
             if error.code is not ErrorCode.NODE_UNREACHABLE or clock.monotonic_s() >= deadline_s:
                 raise
         await clock.sleep_s(ATTEMPT_EVERY_S)
+
+
+@contextlib.asynccontextmanager
+async def connected_again(fabric: Fabric, entry: NodeEntry, clock: Clock) -> AsyncIterator[Connection]:
+    """Hold a connection of its own to a machine that was there a moment ago.
+
+    Raises what connecting raises.
+    """
+    connection = await reached_again(fabric, address_of(entry), clock, patience_s=REACHED_AGAIN_S)
+    try:
+        yield connection
+    finally:
+        await connection.aclose()
 
 
 @contextlib.asynccontextmanager

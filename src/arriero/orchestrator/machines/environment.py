@@ -65,7 +65,7 @@ class Installation:
     install_path: str
     #: The Python there that can run our programs.
     python: str
-    #: The environment that was the current one before; None if there was none.
+    #: The environment that was the current one before and is not now; None if there was none.
     previous: str | None
     #: False: it was there, and nothing was done.
     is_new: bool
@@ -89,7 +89,7 @@ async def install(
     version = packed.version
     if packed.tag == survey.current:
         tell(NodeStep(step="install", message=f"arriero {version} is there already ({packed.tag})"))
-        return Installation(packed.tag, version, path, python, _before(survey), is_new=False)
+        return Installation(packed.tag, version, path, python, None, is_new=False)
     if packed.tag not in survey.environments:
         check_disk(survey)
     try:
@@ -144,11 +144,6 @@ async def switch_back(connection: Connection, installation: Installation, tell: 
         tag=installation.previous, drop=installation.tag,
     )  # fmt: skip
     tell(NodeStep(step="rollback", message=f"back to the environment {installation.previous}"))
-
-
-def _before(survey: Survey) -> str | None:
-    others = [tag for tag in survey.environments if tag != survey.current]
-    return others[-1] if others else None
 
 
 async def _supply(
@@ -218,10 +213,10 @@ async def roll_back(connection: Connection, installation: Installation, tell: Te
 
     Raises NODE_UNREACHABLE.
     """
-    if not installation.is_new:
-        return
     if installation.previous is not None:
         await switch_back(connection, installation, tell)
+        return
+    if not installation.is_new:
         return
     await _undo(
         connection, installation.python, installation.install_path, tell, drop=installation.tag,

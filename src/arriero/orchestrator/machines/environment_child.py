@@ -116,10 +116,11 @@ def build(
                 raise
         _point(root, tag)
         others = [each for each in whole(root) if each != tag]
-        # The one to go back to is the one that was current, else the newest.
-        previous = before if before in others else (others[-1] if others else None)
+        # The one that ran before is the one to go back to; where none did, the newest stays all the same.
+        previous = before if before in others else None
+        kept = previous or (others[-1] if others else None)
         for other in others:
-            if other != previous:
+            if other != kept:
                 _remove_environment(root, other)
         return {"previous": previous, "is_new": is_new}
 
