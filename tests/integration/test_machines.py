@@ -136,7 +136,7 @@ async def _agent_lives(machines: Machines, connection: Connection, path: Path) -
     # Killed, it is started again.
     first.kill()
     second = until("another agent", lambda: _agent_or_none(path, besides=first), 60)
-    assert b'"node":"attic"' in await machines.logs(connection, str(path), 50)
+    assert b'"node":"attic"' in (await machines.logs(connection, str(path), 50)).content
     keeper = psutil.Process(json.loads((path / "home/run/keeper.json").read_text())["pid"])
     assert second.ppid() == keeper.pid
 
