@@ -24,10 +24,7 @@ from arriero.runtime.clock import SystemClock
 from arriero.runtime.log_files import rotate
 from arriero.testing.sshd import SshServer, sshd_path
 
-pytestmark = [
-    pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
-    pytest.mark.timeout(120),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
 
 
