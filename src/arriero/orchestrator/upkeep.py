@@ -17,6 +17,7 @@ from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
 from arriero.orchestrator.fitting import fit_engine
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
+from arriero.orchestrator.machines.running import LogEnd
 from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
@@ -241,7 +242,7 @@ class Upkeep:
         node = self._registry.find(name)
         return found if node is None else [*found, *_of_the_pool(node)]
 
-    async def logs(self, name: str, lines: int) -> bytes:
+    async def logs(self, name: str, lines: int) -> LogEnd:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""
         entry = self._membership.remote(name)
         async with connected(self._fabric, entry, _unheard) as connection:

@@ -19,7 +19,9 @@ from arriero.orchestrator.machines.there import ask
 PREPARE_TIMEOUT_S: Final = 60.0
 #: Beyond the time that the program there allows itself.
 MARGIN_S: Final = 180.0
-BUILD_TIMEOUT_S: Final = 900.0
+#: Nothing new on the disk there for so long, see `environment_child.PipWatch`; and in all.
+BUILD_STALL_S: Final = 120.0
+BUILD_TOTAL_S: Final = 7200.0
 INDEX_TIMEOUT_S: Final = 25.0
 UNDO_TIMEOUT_S: Final = 120.0
 #: Somebody waits for a command that was interrupted to end.
@@ -104,9 +106,10 @@ async def install(
         is_carried = await _supply(connection, survey, tell, source, pip.path, packed.tag, carry=carry)
         tell(NodeStep(step="install", message=f"making the environment {packed.tag}"))
         built = await ask(
-            connection, python, "build", timeout_s=BUILD_TIMEOUT_S + MARGIN_S, path=path, tag=packed.tag,
+            connection, python, "build", timeout_s=BUILD_TOTAL_S + MARGIN_S, path=path, tag=packed.tag,
             version=version, wheel=packed.path.name, pip=pip.path.name, carried=is_carried,
-            timeout_s_of_pip=BUILD_TIMEOUT_S, on_line=_progress(len(_packages(survey, source)) + 1, tell),
+            stall_s_of_pip=BUILD_STALL_S, total_s_of_pip=BUILD_TOTAL_S,
+            on_line=_progress(len(_packages(survey, source)) + 1, tell),
         )  # fmt: skip
     except ArrieroError as error:
         # What is unreachable cannot be rolled back: the next one goes on there.
