@@ -20,7 +20,7 @@ from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import NodeRegistry
-from arriero.orchestrator.provisioning import ModelProvisioner
+from arriero.orchestrator.provisioning import Job, ModelProvisioner
 from arriero.orchestrator.room import RoomFinder
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.settings import Settings
@@ -66,8 +66,8 @@ class Pool:
         self.registry.observe(msgspec.structs.replace(record, **changes))
         return record.worker_id
 
-    def explain(self, model_ref: str = REF, **wants: Any) -> PlacementExplained:
-        return explain(self.views, self.room, Wants(model_ref, **wants))
+    def explain(self, model_ref: str = REF, running: Job | None = None, **wants: Any) -> PlacementExplained:
+        return explain(self.views, self.room, Wants(model_ref, **wants), running)
 
 
 def whys(explained: PlacementExplained) -> dict[str, tuple[str | None, str]]:
@@ -214,6 +214,31 @@ async def test_a_machine_that_sleeps_is_woken_where_the_line_is_longer_than_that
             task.cancel()
     assert woken == [None, "attic"], "the second one's turn comes after 60 s, the third one's after 90"
     assert [text.split("requests there, ")[1] for text in said] == ["30 s at most", "60 s at most"]
+
+
+async def test_a_worker_that_is_being_made_is_joined_by_who_asks_in_the_same_way() -> None:
+    pool = Pool(node("andes", 4000), starvation_s=30.0)
+    pool.worker("andes", WorkerState.BUSY, 5000)
+    async with asyncio.TaskGroup() as group:
+        provisioner = ModelProvisioner(pool.registry, pool.room, group, SystemClock())
+        assert provisioner.running(Wants(REF)) is None
+        job = provisioner.job(Wants(REF))
+        job.followers.append(Wants(REF))
+        begun = pool.explain(running=provisioner.running(Wants(REF)))
+        assert begun.message.endswith("joins the worker being made: its place is being looked for")
+        await asyncio.sleep(0)
+        explained = pool.explain(running=provisioner.running(Wants(REF, excluded=frozenset({"w-1"}))))
+        elsewhere = provisioner.running(Wants(REF, node="andes"))
+        taken = pool.worker("andes", WorkerState.LOADING, 0, model_ref=REF)
+        chosen = pool.explain(running=job)
+        assert job.task is not None
+        job.task.cancel()
+    assert elsewhere is None and (explained.node, explained.code) == ("andes", None)
+    assert explained.would_join is not None and not explained.would_evict and not explained.refused_nodes
+    waits = f"andes has 3.9 GiB free, {REF} needs 8.3 GiB: waits while hf:o/other has requests there, 30 s at most"
+    assert explained.would_join.message == waits
+    assert explained.message == f"no worker has {REF}; joins the worker being made on andes: {waits}"
+    assert (chosen.worker_id, chosen.would_join) == (taken, None)
 
 
 @given(

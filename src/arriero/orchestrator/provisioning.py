@@ -70,6 +70,10 @@ class JobKey:
     labels: tuple[tuple[str, str], ...]
 
 
+def _key(wants: Wants) -> JobKey:
+    return JobKey(wants.model_ref, wants.node, wants.backend, wants.device, wants.labels)
+
+
 class Job:
     """One worker being made: followed by any number of requests."""
 
@@ -140,7 +144,7 @@ class ModelProvisioner:
 
     def job(self, wants: Wants) -> Job:
         """Return the running job for these wants; start it if there is none."""
-        key = JobKey(wants.model_ref, wants.node, wants.backend, wants.device, wants.labels)
+        key = _key(wants)
         job = self._jobs.get(key)
         if job is None:
             job = Job(replace(wants, excluded=frozenset()))
@@ -148,6 +152,10 @@ class ModelProvisioner:
             name = f"provision-{wants.model_ref[:40]}"
             job.task = self._group.create_task(self._run(key, job), name=name)
         return job
+
+    def running(self, wants: Wants) -> Job | None:
+        """Return the running job for these wants, or None."""
+        return self._jobs.get(_key(wants))
 
     def left(self, job: Job, wants: Wants) -> None:
         """Take note that a request waits no more.

@@ -239,6 +239,10 @@ async def test_a_worker_that_is_there_first_takes_what_waits_for_one_that_is_fet
         andes.download_frames = [download_frame(DownloadState.DOWNLOADING, 400)] * 100
         _, fetched = await post(o, {"prompt": "x", "model": "hf:org/repo:Q4_K_M"})
         await o.until(f"/v1/tasks/{fetched['task_id']}", is_made)
+        body = {"model": "hf:org/repo:Q4_K_M"}
+        async with o.session.post(f"{o.url}/v1/placements:explain", json=body) as response:
+            explained = await response.json()
+        assert explained["would_join"] == {"node": "andes", "message": "fetches hf:org/repo:Q4_K_M"}
         await andes.add_worker("hf:org/repo:Q4_K_M")
         assert (await finished(o, fetched["task_id"]))["state"] == "done"
         async with asyncio.timeout(5):
