@@ -232,7 +232,7 @@ def test_logs_are_shown_and_followed_to_the_end(one: AgentProcess, tmp_path: Pat
     reader.start()
     wait_for(lambda: followed, "the stream has begun")
     one.client.stop_worker(spawned.worker_id)
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive(), "the stream ends with the worker"
     assert b"".join(followed).startswith(b"line 4\n")
 

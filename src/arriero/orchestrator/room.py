@@ -146,6 +146,11 @@ class RoomFinder:
         facts = self.views.facts(wants.model_ref)
         return decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
 
+    def fits(self, wants: Wants, learned_mb: int | None) -> bool:
+        """Return whether a new worker has room now and nobody goes for it; `learned_mb`: as for `find`."""
+        needed = _larger(self.views.needed(wants.model_ref), learned_mb)
+        return isinstance(self.decision(wants, needed), Fit)
+
     async def find(
         self,
         wants: Wants,

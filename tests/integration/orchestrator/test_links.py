@@ -27,7 +27,7 @@ from arriero.runtime.http import Http
 from arriero.runtime.tasks import Changed
 from arriero.testing.agents import AgentProcess
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class BrokenReach:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.integration.orchestrator.scripted import (
+    WAIT_S,
     RunningOrchestrator,
     ScriptedAgent,
     WorkerScript,
@@ -110,12 +111,12 @@ async def test_a_loaded_model_is_served_until_the_other_has_waited_its_time(tmp_
         async with orchestrator(tmp_path, starvation_s="1") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             other = group.create_task(ask(o, B))
             # Its turn has come: nothing new goes to the loaded one, what it computes goes on.
             listed = f"{o.url}/v1/placements:explain"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(WAIT_S):
                 while True:
                     async with o.session.post(listed, json={"model": A}) as response:
                         explained = await response.json()
@@ -135,7 +136,7 @@ async def test_a_loaded_model_is_served_until_the_other_has_waited_its_time(tmp_
 async def test_a_hundred_requests_for_two_models_swap_them_a_few_times(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B)
-        async with orchestrator(tmp_path, starvation_s="5") as o, asyncio.TaskGroup() as group:
+        async with orchestrator(tmp_path, starvation_s="30") as o, asyncio.TaskGroup() as group:
             await o.until("/v1/nodes", lambda answer: answer["nodes"])
             asked = [group.create_task(ask(o, (A, B)[number % 2])) for number in range(100)]
         assert all(task.result()[-1] == {"DONE": True} for task in asked)
@@ -168,10 +169,10 @@ async def test_who_leaves_while_waiting_for_room_costs_nobody_its_place(tmp_path
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B)
         first = await andes.add_worker(A, WorkerScript(tokens=3, hold_after=1))
-        async with orchestrator(tmp_path, starvation_s="3") as o, asyncio.TaskGroup() as group:
+        async with orchestrator(tmp_path, starvation_s="30") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             assert (await ask(o, B, timeout=0.5))[-1]["error"]["code"] == "REQUEST_TIMEOUT"
             first.go_on.set()
@@ -278,7 +279,7 @@ async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_f
         async with orchestrator(tmp_path, starvation_s="0.4") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             status, refused = await start(o, B)
             assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
@@ -322,7 +323,7 @@ async def test_however_much_changes_those_that_wait_share_so_many_looks_and_then
     )  # fmt: skip
     registry.observe(busy)
     needed = Needed(6000, 6000)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         first = group.create_task(room.find(Wants(B), lambda _: None, needed=needed))
         assert await clock.pauses_s.get() == 1 / LOOKS_PER_S
         second = group.create_task(room.find(Wants(C), lambda _: None, needed=needed))
@@ -399,7 +400,7 @@ async def test_a_machine_that_sleeps_is_woken_by_its_packet_and_waited_for(tmp_p
         assert foreseen.choice.code is ErrorCode.NODE_UNREACHABLE
         assert isinstance(foreseen.decision, Wake) and foreseen.decision.node.name == "attic"
         steps: list[TaskPlacing] = []
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
             finding = group.create_task(room.find(Wants(A), steps.append))
             packet = await asyncio.get_running_loop().sock_recv(ear, 1024)
             assert packet == magic_packet(MAC) == b"\xff" * 6 + bytes.fromhex("525400123456") * 16
