@@ -76,7 +76,7 @@ class Job:
         #: What the requests ask for that wait for it.
         self.followers: list[Wants] = []
         self.is_downloading = False
-        #: Waits for room, or for a machine to wake.
+        #: Waits for room, for a machine to wake, or for news of what was fetched.
         self.is_waiting = False
         self.task: asyncio.Task[None] | None = None
 
@@ -231,7 +231,11 @@ class ModelProvisioner:
         async def fetch(node_name: str) -> None:
             node = self._registry.reachable(node_name)
             await self._download(node, job)
-            await self._heard_of(node, job.wants.model_ref)
+            job.is_waiting = True
+            try:
+                await self._heard_of(node, job.wants.model_ref)
+            finally:
+                job.is_waiting = False
 
         async def start(found: Found) -> WorkerRecord:
             return await self._provision_on(job, found)
