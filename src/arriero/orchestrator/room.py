@@ -264,20 +264,23 @@ class RoomFinder:
     async def clear(self, found: Found) -> None:
         """Stop the workers that make room, once nothing computes on them, and wait until they are gone.
 
-        Raises NO_CAPACITY if that takes too long, and what their agent answers.
+        Raises NO_CAPACITY if that takes too long, NODE_UNREACHABLE once the node is lost, and what its agent
+        answers.
         """
         if not found.victims:
             return
         self._log.info("making room", node=found.node, workers=list(found.victims))
-        node = self._registry.reachable(found.node)
         try:
             async with asyncio.timeout(CLOSING_S):
                 while any(self.views.place(worker_id).requests for worker_id in self._live(found)):
+                    self._registry.reachable(found.node)
                     await self._changed(LOOK_S)
+            node = self._registry.reachable(found.node)
             async with asyncio.timeout(self._stop_limit_s):
                 for worker_id in self._live(found):
                     await node.peer.call("DELETE", f"/v1/workers/{worker_id}")
                 while self._live(found):
+                    self._registry.reachable(found.node)
                     await self._changed(LOOK_S)
         except TimeoutError:
             left = self._live(found)

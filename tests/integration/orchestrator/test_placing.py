@@ -10,12 +10,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.orchestrator.scripted import ScriptedAgent, agent, download_frame
+from tests.integration.orchestrator.scripted import (
+    ScriptedAgent,
+    ScriptedWorker,
+    agent,
+    download_frame,
+)
 from tests.integration.orchestrator.test_room import A, B, C, model
 
-from arriero.contracts.errors import ErrorCode
+from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import Capabilities
-from arriero.contracts.states import DownloadState, NodeState
+from arriero.contracts.states import DownloadState, NodeState, WorkerState
 from arriero.domain.placement import Wants
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.feed import Feed
@@ -127,12 +132,13 @@ async def has(placed: Placed, name: str, *model_refs: str, size_mb: int = 5000) 
     await placed.until(lambda: all(placed.registry.views.has_model(name, ref) for ref in model_refs))
 
 
-async def loaded(placed: Placed, name: str, model_ref: str) -> None:
+async def loaded(placed: Placed, name: str, model_ref: str) -> ScriptedWorker:
     """Have an idle worker on a node, of which it is known what it takes."""
     scripted, views = placed.agents[name], placed.registry.views
     worker = await scripted.add_worker(model_ref)
     await placed.until(lambda: worker.worker_id in [view.worker_id for view in views.workers.of_node(name)])
     await placed.until(lambda: _free_mb(placed, name) == scripted.ram_free_mb)
+    return worker
 
 
 def _free_mb(placed: Placed, name: str) -> int:
@@ -199,3 +205,23 @@ async def test_whose_place_was_taken_while_the_model_came_begins_where_there_is_
         assert job.error is None, job.error
         assert [body.model_ref for body in bolivia.spawned] == bolivia.downloaded == [B]
         assert [worker.record.model_ref for worker in andes.workers.values()] == [A]
+
+
+async def test_who_waits_for_room_on_a_node_that_is_lost_begins_elsewhere(tmp_path: Path) -> None:
+    async with nodes(tmp_path, "andes", "bolivia") as placed:
+        andes, bolivia = placed.agents.values()
+        await has(placed, "andes", A, B)
+        await has(placed, "bolivia", B)
+        worker = await loaded(placed, "andes", A)
+        with placed.registry.paused("bolivia"):
+            andes.change(worker, state=WorkerState.BUSY, slots_available=3)
+            await placed.until(lambda: placed.registry.worker(worker.worker_id).state is WorkerState.BUSY)
+            job = placed.asks(B)
+            await placed.until(lambda: "its turn has come" in told(job))
+        andes.is_silent = True
+        why = ArrieroError(ErrorCode.NODE_UNREACHABLE, "cut")
+        placed.registry.unreachable(placed.registry.node("andes"), why)
+        await over(job)
+        assert job.error is None, job.error
+        assert "andes refused: node andes is unreachable" in told(job)
+        assert [body.model_ref for body in bolivia.spawned] == [B]
