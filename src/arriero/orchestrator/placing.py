@@ -24,6 +24,7 @@ _TRY_ELSEWHERE: Final = frozenset(
         ErrorCode.INSUFFICIENT_VRAM,
         ErrorCode.INSUFFICIENT_DISK,
         ErrorCode.NODE_UNREACHABLE,
+        ErrorCode.NODE_DRAINING,
         ErrorCode.WORKER_START_FAILED,
         ErrorCode.BACKEND_UNAVAILABLE,
     }

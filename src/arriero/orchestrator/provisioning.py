@@ -238,7 +238,7 @@ class ModelProvisioner:
 
     async def _spawn_in(self, found: Found, body: SpawnBody) -> WorkerRecord:
         """Have a worker started in the room that was found for it."""
-        node = self._registry.reachable(found.node)
+        node = self.room.taking(found.node)
         body = msgspec.structs.replace(
             body, device=body.device or found.device, bound=body.bound or self.binds_workers
         )

@@ -29,7 +29,7 @@ from arriero.domain.placement_nodes import (
 from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
 from arriero.domain.placement_wake import choose_sleeper
 from arriero.domain.placement_wants import ModelFacts, Wants, count, gib
-from arriero.orchestrator.nodes import NodeRegistry
+from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.settings import Settings
@@ -261,11 +261,20 @@ class RoomFinder:
 
     # --- Making room ----------------------------------------------------------------------------
 
+    def taking(self, name: str) -> Node:
+        """Return a node that still takes work: much may have happened since it was chosen.
+
+        Raises NODE_NOT_FOUND, NODE_UNREACHABLE; NODE_DRAINING also while it is upgraded.
+        """
+        node = self._registry.reachable(name)
+        if node.state is not NodeState.READY:
+            fail(ErrorCode.NODE_DRAINING, f"{name} takes no new work", node=name)
+        return node
+
     async def clear(self, found: Found) -> None:
         """Stop the workers that make room, once nothing computes on them, and wait until they are gone.
 
-        Raises NO_CAPACITY if that takes too long, NODE_UNREACHABLE once the node is lost, and what its agent
-        answers.
+        Raises NO_CAPACITY if that takes too long, what `taking` raises, and what the agent answers.
         """
         if not found.victims:
             return
@@ -273,14 +282,14 @@ class RoomFinder:
         try:
             async with asyncio.timeout(CLOSING_S):
                 while any(self.views.place(worker_id).requests for worker_id in self._live(found)):
-                    self._registry.reachable(found.node)
+                    self.taking(found.node)
                     await self._changed(LOOK_S)
-            node = self._registry.reachable(found.node)
+            node = self.taking(found.node)
             async with asyncio.timeout(self._stop_limit_s):
                 for worker_id in self._live(found):
                     await node.peer.call("DELETE", f"/v1/workers/{worker_id}")
                 while self._live(found):
-                    self._registry.reachable(found.node)
+                    self.taking(found.node)
                     await self._changed(LOOK_S)
         except TimeoutError:
             left = self._live(found)

@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+import pytest
 from tests.integration.orchestrator.scripted import (
     ScriptedAgent,
     ScriptedWorker,
@@ -207,7 +209,11 @@ async def test_whose_place_was_taken_while_the_model_came_begins_where_there_is_
         assert [worker.record.model_ref for worker in andes.workers.values()] == [A]
 
 
-async def test_who_waits_for_room_on_a_node_that_is_lost_begins_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut", "drained"])
+@pytest.mark.parametrize("wished", [None, "andes"])
+async def test_who_waits_for_room_on_a_node_that_is_no_choice_any_more(
+    tmp_path: Path, how: str, wished: str | None
+) -> None:
     async with nodes(tmp_path, "andes", "bolivia") as placed:
         andes, bolivia = placed.agents.values()
         await has(placed, "andes", A, B)
@@ -216,12 +222,22 @@ async def test_who_waits_for_room_on_a_node_that_is_lost_begins_elsewhere(tmp_pa
         with placed.registry.paused("bolivia"):
             andes.change(worker, state=WorkerState.BUSY, slots_available=3)
             await placed.until(lambda: placed.registry.worker(worker.worker_id).state is WorkerState.BUSY)
-            job = placed.asks(B)
+            job = placed.asks(B, wished)
             await placed.until(lambda: "its turn has come" in told(job))
-        andes.is_silent = True
-        why = ArrieroError(ErrorCode.NODE_UNREACHABLE, "cut")
-        placed.registry.unreachable(placed.registry.node("andes"), why)
+        if how == "cut":
+            andes.is_silent = True
+            why = ArrieroError(ErrorCode.NODE_UNREACHABLE, how)
+            placed.registry.unreachable(placed.registry.node("andes"), why)
+            code = ErrorCode.NODE_UNREACHABLE
+        else:
+            entry = placed.registry.node("andes").entry
+            placed.registry.changed_entry(msgspec.structs.replace(entry, is_drained=True))
+            code = ErrorCode.NODE_DRAINING
         await over(job)
-        assert job.error is None, job.error
-        assert "andes refused: node andes is unreachable" in told(job)
-        assert [body.model_ref for body in bolivia.spawned] == [B]
+        assert andes.spawned == [] and len(andes.workers) == 1
+        if wished is None:
+            assert job.error is None, job.error
+            assert "andes refused: " in told(job)
+            assert [body.model_ref for body in bolivia.spawned] == [B]
+        else:
+            assert job.error is not None and job.error.code is code
