@@ -19,6 +19,7 @@ from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
 from arriero.contracts.states import DownloadState, NodeState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.placing import Placing, Step, Ways
@@ -162,10 +163,8 @@ class ModelProvisioner:
             body.model_ref, slots=body.slots, context_tokens=body.context_tokens
         )
 
-        async def find(open_wants: Wants, learned_mb: int | None) -> Found:
-            return await self.room.find(
-                open_wants, _unheard, needed=needed, learned_mb=learned_mb, may_wait=False
-            )
+        async def find(open_wants: Wants, learned: Needed | None) -> Found:
+            return await self.room.find(open_wants, _unheard, needed=needed, learned=learned, may_wait=False)
 
         async def start(found: Found) -> WorkerRecord:
             if found.victims and not self._registry.views.has_model(found.node, body.model_ref):
@@ -200,12 +199,12 @@ class ModelProvisioner:
                 del self._jobs[key]
 
     async def _provision(self, job: Job) -> WorkerRecord:
-        async def find(wants: Wants, learned_mb: int | None) -> Found:
+        async def find(wants: Wants, learned: Needed | None) -> Found:
             job.is_waiting = True
             try:
                 # Room that nobody waits for is not made.
                 may_wait = job.followers > 0
-                return await self.room.find(wants, job.tell, learned_mb=learned_mb, may_wait=may_wait)
+                return await self.room.find(wants, job.tell, learned=learned, may_wait=may_wait)
             finally:
                 job.is_waiting = False
 

@@ -16,7 +16,7 @@ from arriero.contracts.states import NodeState
 from arriero.domain.placement_decision import Decision, Evict, Fit, Hold, Wake, decide
 from arriero.domain.placement_eviction import Eviction, Stage
 from arriero.domain.placement_ledger import Movement
-from arriero.domain.placement_memory import Needed
+from arriero.domain.placement_memory import Needed, larger
 from arriero.domain.placement_nodes import (
     Candidate,
     NodeChoice,
@@ -142,9 +142,9 @@ class RoomFinder:
         facts = self.views.facts(wants.model_ref)
         return decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
 
-    def fits(self, wants: Wants, learned_mb: int | None) -> bool:
-        """Return whether a new worker has room now and nobody goes for it; `learned_mb`: as for `find`."""
-        needed = _larger(self.views.needed(wants.model_ref), learned_mb)
+    def fits(self, wants: Wants, learned: Needed | None) -> bool:
+        """Return whether a new worker has room now and nobody goes for it; `learned`: as for `find`."""
+        needed = larger(self.views.needed(wants.model_ref), learned)
         return isinstance(self.decision(wants, needed), Fit)
 
     async def find(
@@ -153,12 +153,12 @@ class RoomFinder:
         tell: Tell,
         *,
         needed: Needed | None = None,
-        learned_mb: int | None = None,
+        learned: Needed | None = None,
         may_wait: bool = True,
     ) -> Found:
         """Return a node with room, as long as it takes for others to make it.
 
-        `needed`: what the worker takes, where that is not what one takes by default.  `learned_mb`: what an
+        `needed`: what the worker takes, where that is not what one takes by default.  `learned`: what an
         agent reckoned, where our own guess was too small.  Unless `may_wait`, only what is idle makes
         room, and no machine is woken.  Whoever has the answer uses it, or gives the reservation back.
         Raises why no node can take the worker.
@@ -168,7 +168,7 @@ class RoomFinder:
         self._line.append(waiter)
         try:
             while True:
-                step = self._look(wants, waiter, needed=needed, learned_mb=learned_mb, may_wait=may_wait)
+                step = self._look(wants, waiter, needed=needed, learned=learned, may_wait=may_wait)
                 if isinstance(step, Found):
                     return step
                 if isinstance(step, NodeView):
@@ -194,11 +194,11 @@ class RoomFinder:
     # --- Looking: nothing is awaited between a look and what follows from it ----------------------
 
     def _look(
-        self, wants: Wants, waiter: _Waiter, *, needed: Needed | None, learned_mb: int | None, may_wait: bool
+        self, wants: Wants, waiter: _Waiter, *, needed: Needed | None, learned: Needed | None, may_wait: bool
     ) -> Found | NodeView | _Wait:
         wants = replace(wants, excluded=wants.excluded | waiter.failed.keys())
         facts = self.views.facts(wants.model_ref)
-        needed = _larger(needed or self.views.needed(wants.model_ref), learned_mb)
+        needed = larger(needed or self.views.needed(wants.model_ref), learned)
         decision = decide(_Ways(self, wants, facts, waiter), needed, may_wait=may_wait)
         if isinstance(decision, Fit):
             return self._found(decision, wants)
@@ -384,11 +384,3 @@ def _need(decision: Evict | Hold, wants: Wants) -> str:
         f"{decision.plan.node} has {gib(max(decision.plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
         f"{gib(decision.needed_mb)} GiB"
     )
-
-
-def _larger(needed: Needed | None, learned_mb: int | None) -> Needed | None:
-    """Return what is needed where an agent reckoned it: it tried with the least context as well."""
-    if learned_mb is None:
-        return needed
-    full_mb = max(learned_mb, needed.full_mb if needed is not None else 0)
-    return Needed(full_mb, full_mb)

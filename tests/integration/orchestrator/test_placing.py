@@ -24,6 +24,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import Capabilities
 from arriero.contracts.states import DownloadState, NodeState, WorkerState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
@@ -241,3 +242,19 @@ async def test_who_waits_for_room_on_a_node_that_is_no_choice_any_more(
             assert [body.model_ref for body in bolivia.spawned] == [B]
         else:
             assert job.error is not None and job.error.code is code
+
+
+async def test_what_an_agent_reckons_with_the_least_context_is_enough_to_make_room_for(
+    tmp_path: Path,
+) -> None:
+    async with nodes(tmp_path, "andes") as placed:
+        andes = placed.agents["andes"]
+        await has(placed, "andes", A)
+        await has(placed, "andes", B, size_mb=2000)
+        # It looks as if it fitted beside the other.
+        andes.reckons[B] = Needed(full_mb=9000, least_mb=6000)
+        await loaded(placed, "andes", A)
+        job = await over(placed.asks(B))
+        assert job.error is None, job.error
+        assert "hf:org/b needs 5.9 GiB: stops what was used longest ago: 1 worker" in told(job)
+        assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
