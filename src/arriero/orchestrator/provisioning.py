@@ -154,11 +154,14 @@ class ModelProvisioner:
     ) -> WorkerRecord:
         """Start a worker as somebody asked for it; idle workers make room where there is none.
 
-        Raises why no node can take it, and what the agents answer; MODEL_NOT_FOUND if the node does not
-        have the model.
+        Nothing is fetched for it.  Raises why no node can take it, and what the agents answer;
+        MODEL_NOT_FOUND if the node does not have the model.
         """
         refs.parse(body.model_ref)
         wants = Wants(body.model_ref, node_name, body.backend, body.device, labels=labels)
+        if node_name is None and self._registry.views.model(body.model_ref) is not None:
+            # Of a model that nobody told of, and of a node that is named, its agent may know better.
+            wants = replace(wants, on_disk=True)
         needed = self._registry.views.needed(
             body.model_ref, slots=body.slots, context_tokens=body.context_tokens
         )

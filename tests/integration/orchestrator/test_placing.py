@@ -22,6 +22,7 @@ from tests.integration.orchestrator.test_room import A, B, C, model
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import Capabilities
+from arriero.contracts.requests import SpawnBody
 from arriero.contracts.states import DownloadState, NodeState, WorkerState
 from arriero.domain.placement import Wants
 from arriero.domain.placement_memory import Needed
@@ -257,4 +258,23 @@ async def test_what_an_agent_reckons_with_the_least_context_is_enough_to_make_ro
         job = await over(placed.asks(B))
         assert job.error is None, job.error
         assert "hf:org/b needs 5.9 GiB: stops what was used longest ago: 1 worker" in told(job)
+        assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
+
+
+async def test_a_worker_without_a_named_node_begins_where_the_model_is(tmp_path: Path) -> None:
+    async with nodes(tmp_path, "andes", "bolivia") as placed:
+        andes = placed.agents["andes"]
+        await has(placed, "andes", A, B)
+        await loaded(placed, "andes", A)
+        andes.has_models(model(A, is_pinned=True), model(B))
+        await placed.until(lambda: placed.registry.node("andes").models[A].is_pinned)
+        # The other one has room, and not the model.
+        with pytest.raises(ArrieroError) as refused:
+            await placed.provisioner.spawn(SpawnBody(model_ref=B), None)
+        assert refused.value.message == (
+            "andes has 2.5 GiB free, the model needs 4.9 GiB; bolivia does not have hf:org/b"
+        )
+        andes.has_models(model(A), model(B))
+        await placed.until(lambda: not placed.registry.node("andes").models[A].is_pinned)
+        assert (await placed.provisioner.spawn(SpawnBody(model_ref=B), None)).node == "andes"
         assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
