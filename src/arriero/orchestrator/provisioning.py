@@ -70,8 +70,8 @@ class Job:
         self.worker_id: str | None = None
         self.error: ArrieroError | None = None
         self.changed = Changed()
-        #: Requests that wait for it.
-        self.followers = 0
+        #: What the requests ask for that wait for it.
+        self.followers: list[Wants] = []
         self.is_downloading = False
         #: Waits for room, or for a machine to wake.
         self.is_waiting = False
@@ -81,6 +81,11 @@ class Job:
     def is_over(self) -> bool:
         """Whether there is a worker or an error."""
         return self.worker_id is not None or self.error is not None
+
+    @property
+    def may_end(self) -> bool:
+        """Whether nothing is begun yet that is worth finishing though nobody waits for it."""
+        return self.is_downloading or self.is_waiting
 
     def tell(self, step: Step) -> None:
         """Add a step, wake the followers."""
@@ -134,14 +139,14 @@ class ModelProvisioner:
             job.task = self._group.create_task(self._run(key, job), name=name)
         return job
 
-    def left(self, job: Job) -> None:
+    def left(self, job: Job, wants: Wants) -> None:
         """Take note that a request waits no more.
 
         A worker that is being started is finished for the next one; room that nobody waits for is not
         made, and a download is left: its agent ends it unless somebody else asked for it.
         """
-        job.followers -= 1
-        if not job.followers and (job.is_downloading or job.is_waiting) and job.task is not None:
+        job.followers.remove(wants)
+        if not job.followers and job.may_end and job.task is not None:
             self._forget(job)
             job.task.cancel()
 
@@ -202,12 +207,18 @@ class ModelProvisioner:
                 del self._jobs[key]
 
     async def _provision(self, job: Job) -> WorkerRecord:
+        def is_served() -> bool:
+            best = self._registry.views.workers.best
+            return bool(job.followers) and all(best(each) is not None for each in job.followers)
+
         async def find(wants: Wants, learned: Needed | None) -> Found:
             job.is_waiting = True
             try:
                 # Room that nobody waits for is not made.
-                may_wait = job.followers > 0
-                return await self.room.find(wants, job.tell, learned=learned, may_wait=may_wait)
+                may_wait = bool(job.followers)
+                return await self.room.find(
+                    wants, job.tell, learned=learned, may_wait=may_wait, is_served=is_served
+                )
             finally:
                 job.is_waiting = False
 
@@ -248,12 +259,11 @@ class ModelProvisioner:
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
         record = msgspec.structs.replace(record, node=node.name)
+        if found.movement is not None:
+            self._registry.views.made(found.movement, record.worker_id)
         # Its event may have been quicker than this answer: then we know more already.
         if self._registry.workers.find(record.worker_id) is None:
             self._registry.observe(record)
-        if found.movement is not None:
-            # A beat that was on its way already does not count it yet.
-            found.movement.beats_left = 2
         return record
 
     async def start_download(

@@ -45,7 +45,7 @@ from arriero.runtime.state_dir import StateDir
 
 AGENT_TOKEN = "agent-secret"
 #: Less than a test may take (pyproject.toml); a start takes a second of a processor, which may be busy.
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:

@@ -63,8 +63,9 @@ class Placed:
 
     def asks(self, model_ref: str, node: str | None = None) -> Job:
         """Return the job of somebody who waits for a worker."""
-        job = self.provisioner.job(Wants(model_ref, node))
-        job.followers += 1
+        wants = Wants(model_ref, node)
+        job = self.provisioner.job(wants)
+        job.followers.append(wants)
         return job
 
     async def until(self, is_so: Callable[[], bool]) -> None:
