@@ -219,19 +219,19 @@ class RoomFinder:
             waiter.node = None
             self._none(wants, waiter, needed.full_mb if needed is not None else None, facts)
         if isinstance(decision, Evict):
-            return self._take_turn(decision, wants)
+            return self._take_turn(decision, wants, waiter)
         waiter.node = decision.plan.node
         return _Wait(f"{_need(decision, wants)}: waits for workers there that load or end", LOOK_BEHIND_S)
 
-    def _take_turn(self, decision: Evict, wants: Wants) -> Found | _Wait:
+    def _take_turn(self, decision: Evict, wants: Wants, waiter: _Waiter) -> Found | _Wait:
         plan, verdict = decision.plan, decision.verdict
         need = _need(decision, wants)
         models = sorted({record.model_ref for record in map(self._registry.worker, plan.worker_ids)})
         if verdict.turn is Turn.WAIT:
-            message = (
-                f"{need}: waits while {', '.join(models)} has requests there, "
-                f"{self._limits.starvation_s:g} s at most"
-            )
+            message = f"{need}: waits for who came earlier"
+            if self._is_first(waiter):
+                limit = f"{self._limits.starvation_s:g} s at most"
+                message = f"{need}: waits while {', '.join(models)} has requests there, {limit}"
             return _Wait(message, verdict.again_s)
         self.views.leave(plan.worker_ids, wants.model_ref)
         movement = self.views.reserve(plan.node, plan.device, decision.needed_mb)

@@ -99,7 +99,7 @@ async def until_over() -> AsyncIterator[asyncio.TaskGroup]:
 
 
 @asynccontextmanager
-async def nodes(folder: Path, *names: str) -> AsyncIterator[Placed]:
+async def nodes(folder: Path, *names: str, starvation_s: float = 1.0) -> AsyncIterator[Placed]:
     """Have nodes with 7,578 MiB free each."""
     clock, entropy = SystemClock(), SystemEntropy()
     registry = NodeRegistry(clock, Feed())
@@ -108,7 +108,7 @@ async def nodes(folder: Path, *names: str) -> AsyncIterator[Placed]:
         http = await stack.enter_async_context(Http())
         agents = {name: await stack.enter_async_context(agent(folder / name, name)) for name in names}
         group = await stack.enter_async_context(until_over())
-        room = RoomFinder(registry, clock, Settings(starvation_s=1.0, stop_grace_s=1.0))
+        room = RoomFinder(registry, clock, Settings(starvation_s=starvation_s, stop_grace_s=1.0))
         provisioner = ModelProvisioner(registry, room, group, clock)
         for number, (name, scripted) in enumerate(agents.items()):
             scripted.workers_made = number << 8
@@ -144,6 +144,12 @@ async def loaded(placed: Placed, name: str, model_ref: str) -> ScriptedWorker:
     await placed.until(lambda: worker.worker_id in [view.worker_id for view in views.workers.of_node(name)])
     await placed.until(lambda: _free_mb(placed, name) == scripted.ram_free_mb)
     return worker
+
+
+async def busy(placed: Placed, worker: ScriptedWorker) -> None:
+    """Have a worker compute, with nobody's request."""
+    placed.agents[worker.record.node].change(worker, state=WorkerState.BUSY, slots_available=3)
+    await placed.until(lambda: placed.registry.worker(worker.worker_id).state is WorkerState.BUSY)
 
 
 def _free_mb(placed: Placed, name: str) -> int:
@@ -223,8 +229,7 @@ async def test_who_waits_for_room_on_a_node_that_is_no_choice_any_more(
         await has(placed, "bolivia", B)
         worker = await loaded(placed, "andes", A)
         with placed.registry.paused("bolivia"):
-            andes.change(worker, state=WorkerState.BUSY, slots_available=3)
-            await placed.until(lambda: placed.registry.worker(worker.worker_id).state is WorkerState.BUSY)
+            await busy(placed, worker)
             job = placed.asks(B, wished)
             await placed.until(lambda: "its turn has come" in told(job))
         if how == "cut":
@@ -279,3 +284,15 @@ async def test_a_worker_without_a_named_node_begins_where_the_model_is(tmp_path:
         await placed.until(lambda: not placed.registry.node("andes").models[A].is_pinned)
         assert (await placed.provisioner.spawn(SpawnBody(model_ref=B), None)).node == "andes"
         assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
+
+
+async def test_how_long_it_takes_at_most_is_told_to_the_first_who_waits_alone(tmp_path: Path) -> None:
+    async with nodes(tmp_path, "andes", starvation_s=60.0) as placed:
+        await has(placed, "andes", A, B, C)
+        worker = await loaded(placed, "andes", A)
+        await busy(placed, worker)
+        first = placed.asks(B)
+        await placed.until(lambda: "waits while hf:org/a has requests there, 60 s at most" in told(first))
+        second = placed.asks(C)
+        await placed.until(lambda: "waits" in told(second))
+        assert told(second) == "andes has 2.5 GiB free, hf:org/c needs 4.9 GiB: waits for who came earlier"
