@@ -92,6 +92,10 @@ CASES = [
         ErrorCode.NO_CAPACITY, "lacks the label disk=fast",
     ),
     (
+        node("a"), replace(WANTS, on_disk=True), ErrorCode.MODEL_NOT_FOUND,
+        "does not have hf:a/b",
+    ),
+    (
         node("a", disk_free_mb=1024), WANTS, ErrorCode.INSUFFICIENT_DISK,
         "has 1.0 GiB of disk free, fetching it takes 2.9 GiB",
     ),
@@ -175,6 +179,7 @@ ANY_WANTS = st.builds(
     device=st.none() | st.sampled_from(["cpu", "cuda:0"]),
     excluded=st.frozensets(st.sampled_from(["andes", "cusco"])),
     labels=st.sampled_from([(), (("disk", "fast"),)]),
+    on_disk=st.booleans(),
 )
 FACTS = st.builds(
     ModelFacts,

@@ -47,7 +47,8 @@ class Preflight:
 
         A context that nobody asked for is halved until the model fits.  Raises BACKEND_UNAVAILABLE,
         DEVICE_NOT_FOUND, INSUFFICIENT_RAM, INSUFFICIENT_VRAM, INSUFFICIENT_DISK, and what the
-        engine says of the file.
+        engine says of the file.  What is too small is told with what the whole context needs, and as
+        least_mb what the least one does.
         """
         await self._machine.look_aside()
         device = choose_device(wish, self._machine.resources(), promises)
@@ -62,6 +63,9 @@ class Preflight:
                 first_error = first_error or error
                 if error.code not in _TOO_BIG:
                     raise
+                if error.code is first_error.code:
+                    # Of the same memory: with less, the host's may be what lacks.
+                    first_error.details["least_mb"] = error.details["required_mb"]
                 continue
             return Plan(tried_spec, need, estimate, is_reduced=tried < tokens)
         assert first_error is not None, "at least one context is tried"

@@ -75,7 +75,7 @@ class NodeIndex:
             found = self._best_of(facts.holders, wants, needed_mb, facts)
         else:
             found = self._walk(wants, needed_mb, facts, lambda name: name in facts.holders)
-        if found is not None:
+        if found is not None or wants.on_disk:
             return found
         return self._walk(wants, needed_mb, facts, lambda name: name not in facts.holders)
 

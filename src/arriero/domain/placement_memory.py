@@ -32,6 +32,13 @@ class Needed:
     least_mb: int
 
 
+def larger(some: Needed | None, more: Needed | None) -> Needed | None:
+    """Return what suffices for both; None: of neither is anything known."""
+    if some is None or more is None:
+        return some or more
+    return Needed(max(some.full_mb, more.full_mb), max(some.least_mb, more.least_mb))
+
+
 def needed(model: ModelRecord, *, slots: int = SLOTS, context_max: int = CONTEXT_MAX_TOKENS) -> Needed:
     """Return what a worker with `slots` would take."""
     own = model.context_length or context_max

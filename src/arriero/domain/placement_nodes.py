@@ -237,7 +237,7 @@ def node_rank(node: NodeView, wants: Wants, needed_mb: int | None, facts: ModelF
     if wants.labels and missing_labels(wants.labels, node.labels):
         return None
     is_here = facts.is_on(name)
-    if not is_here and _lacks_disk(node, facts):
+    if not is_here and (wants.on_disk or _lacks_disk(node, facts)):
         return None
     return (
         0 if is_here else 1 if facts.has_neighbour else 2,
@@ -278,6 +278,8 @@ def _unfit(node: NodeView, wants: Wants, facts: ModelFacts) -> Refused | None:
     missing = missing_labels(wants.labels, node.labels)
     if missing:
         return ErrorCode.NO_CAPACITY, f"lacks the label {missing}"
+    if wants.on_disk and not facts.is_on(node.name):
+        return ErrorCode.MODEL_NOT_FOUND, f"does not have {wants.model_ref}"
     if node.room(wants) is None:
         return _no_room(node, wants)
     if not facts.is_on(node.name) and _lacks_disk(node, facts):

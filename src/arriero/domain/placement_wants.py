@@ -21,6 +21,8 @@ class Wants:
     excluded: frozenset[str] = frozenset()
     #: Labels that the node must have, with their values, sorted.
     labels: tuple[tuple[str, str], ...] = ()
+    #: Only nodes that have the model: nothing is fetched.
+    on_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)

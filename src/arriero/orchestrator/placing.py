@@ -13,6 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import TaskDownloading, TaskPlacing
 from arriero.contracts.records import WorkerRecord
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed, larger
 from arriero.orchestrator.nodes import NodeRegistry
 from arriero.orchestrator.room import Found, RoomFinder
 from arriero.orchestrator.views import is_local
@@ -24,6 +25,7 @@ _TRY_ELSEWHERE: Final = frozenset(
         ErrorCode.INSUFFICIENT_VRAM,
         ErrorCode.INSUFFICIENT_DISK,
         ErrorCode.NODE_UNREACHABLE,
+        ErrorCode.NODE_DRAINING,
         ErrorCode.WORKER_START_FAILED,
         ErrorCode.BACKEND_UNAVAILABLE,
     }
@@ -39,7 +41,7 @@ class Ways:
 
     tell: Callable[[Step], None]
     #: Finds room; takes what an agent reckoned, where our own guess was too small.
-    find: Callable[[Wants, int | None], Awaitable[Found]]
+    find: Callable[[Wants, Needed | None], Awaitable[Found]]
     start: Callable[[Found], Awaitable[WorkerRecord]]
     #: Has a node fetch the model; None: nothing is fetched.
     fetch: Callable[[str], Awaitable[None]] | None = None
@@ -54,7 +56,9 @@ class Placing:
         self._wants = wants
         self._ways = ways
         self._refused: dict[str, ArrieroError] = {}
-        self._learned: dict[str, int] = {}
+        #: Nodes that reckoned more than we did, and what the largest of them took.
+        self._reckoned: set[str] = set()
+        self._learned: Needed | None = None
         #: Nodes whose catalog has the model and whose disk has not.
         self._lacking: set[str] = set()
         self._fetched: set[str] = set()
@@ -88,21 +92,20 @@ class Placing:
     async def _found(self) -> Found:
         while True:
             wants = replace(self._wants, excluded=self._wants.excluded | self._refused.keys())
-            learned_mb = max(self._learned.values(), default=None)
             try:
-                return await self._ways.find(self._near(wants, learned_mb), learned_mb)
+                return await self._ways.find(self._near(wants), self._learned)
             except ArrieroError as error:
                 if self._here is None or self._wants.node is not None:
                     raise self._told or error from None
                 # While it fetched the model, its memory became another's.
                 self._refuse(self._here, error)
 
-    def _near(self, wants: Wants, learned_mb: int | None) -> Wants:
+    def _near(self, wants: Wants) -> Wants:
         """Return where room is looked for: where the model was fetched to, unless only others have any."""
         if self._here is None:
             return wants
         there = replace(wants, node=self._here)
-        is_taken = self._room.fits(wants, learned_mb) and not self._room.fits(there, learned_mb)
+        is_taken = self._room.fits(wants, self._learned) and not self._room.fits(there, self._learned)
         return wants if is_taken else there
 
     def _lacks(self, node: str) -> bool:
@@ -119,15 +122,11 @@ class Placing:
 
     def _take(self, node: str, error: ArrieroError) -> None:
         """Take what a node said, and go on elsewhere or otherwise.  Raises it where nothing else helps."""
-        required_mb = error.details.get("required_mb")
-        if (
-            error.code in _TOO_BIG
-            and isinstance(required_mb, int)
-            and node not in self._learned
-            and self._registry.workers.select(node=node)
-        ):
+        reckoned = _reckoned(error)
+        if reckoned is not None and node not in self._reckoned and self._registry.workers.select(node=node):
             # Our guess was too small: with what the agent reckoned, others may have to go.
-            self._learned[node] = required_mb
+            self._reckoned.add(node)
+            self._learned = larger(self._learned, reckoned)
             self._told = self._told or error
             return
         if error.code is ErrorCode.MODEL_NOT_FOUND and self._may_fetch(node):
@@ -151,3 +150,12 @@ class Placing:
 
     def _tell(self, node: str, message: str) -> None:
         self._ways.tell(TaskPlacing(node=node, actor="orchestrator", message=message))
+
+
+def _reckoned(error: ArrieroError) -> Needed | None:
+    """Return what an agent reckoned that a worker takes, with its whole context and with the least."""
+    required_mb = error.details.get("required_mb")
+    if error.code not in _TOO_BIG or not isinstance(required_mb, int):
+        return None
+    least_mb = error.details.get("least_mb")
+    return Needed(required_mb, least_mb if isinstance(least_mb, int) else required_mb)

@@ -19,6 +19,7 @@ from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import DownloadBody, PeerSource, SpawnBody
 from arriero.contracts.states import DownloadState, NodeState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.orchestrator.placing import Placing, Step, Ways
@@ -166,19 +167,20 @@ class ModelProvisioner:
     ) -> WorkerRecord:
         """Start a worker as somebody asked for it; idle workers make room where there is none.
 
-        Raises why no node can take it, and what the agents answer; MODEL_NOT_FOUND if the node does not
-        have the model.
+        Nothing is fetched for it.  Raises why no node can take it, and what the agents answer;
+        MODEL_NOT_FOUND if the node does not have the model.
         """
         refs.parse(body.model_ref)
         wants = Wants(body.model_ref, node_name, body.backend, body.device, labels=labels)
+        if node_name is None and self._registry.views.model(body.model_ref) is not None:
+            # Of a model that nobody told of, and of a node that is named, its agent may know better.
+            wants = replace(wants, on_disk=True)
         needed = self._registry.views.needed(
             body.model_ref, slots=body.slots, context_tokens=body.context_tokens
         )
 
-        async def find(open_wants: Wants, learned_mb: int | None) -> Found:
-            return await self.room.find(
-                open_wants, _unheard, needed=needed, learned_mb=learned_mb, may_wait=False
-            )
+        async def find(open_wants: Wants, learned: Needed | None) -> Found:
+            return await self.room.find(open_wants, _unheard, needed=needed, learned=learned, may_wait=False)
 
         async def start(found: Found) -> WorkerRecord:
             if found.victims and not self._registry.views.has_model(found.node, body.model_ref):
@@ -217,13 +219,13 @@ class ModelProvisioner:
             best = self._registry.views.workers.best
             return bool(job.followers) and all(best(each) is not None for each in job.followers)
 
-        async def find(wants: Wants, learned_mb: int | None) -> Found:
+        async def find(wants: Wants, learned: Needed | None) -> Found:
             job.is_waiting = True
             try:
                 # Room that nobody waits for is not made.
                 may_wait = bool(job.followers)
                 return await self.room.find(
-                    wants, job.tell, learned_mb=learned_mb, may_wait=may_wait, is_served=is_served
+                    wants, job.tell, learned=learned, may_wait=may_wait, is_served=is_served
                 )
             finally:
                 job.is_waiting = False
@@ -261,7 +263,7 @@ class ModelProvisioner:
 
     async def _spawn_in(self, found: Found, body: SpawnBody) -> WorkerRecord:
         """Have a worker started in the room that was found for it."""
-        node = self._registry.reachable(found.node)
+        node = self.room.taking(found.node)
         body = msgspec.structs.replace(
             body, device=body.device or found.device, bound=body.bound or self.binds_workers
         )

@@ -17,7 +17,7 @@ from arriero.contracts.states import NodeState
 from arriero.domain.placement_decision import Decision, Evict, Fit, Hold, Wake, decide
 from arriero.domain.placement_eviction import Eviction, Stage
 from arriero.domain.placement_ledger import Movement
-from arriero.domain.placement_memory import Needed
+from arriero.domain.placement_memory import Needed, larger
 from arriero.domain.placement_nodes import (
     Candidate,
     NodeChoice,
@@ -30,7 +30,7 @@ from arriero.domain.placement_nodes import (
 from arriero.domain.placement_turns import Turn, Verdict, limits_of, turn
 from arriero.domain.placement_wake import choose_sleeper
 from arriero.domain.placement_wants import ModelFacts, Wants, count, gib
-from arriero.orchestrator.nodes import NodeRegistry
+from arriero.orchestrator.nodes import Node, NodeRegistry
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.settings import Settings
@@ -146,9 +146,9 @@ class RoomFinder:
         facts = self.views.facts(wants.model_ref)
         return decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
 
-    def fits(self, wants: Wants, learned_mb: int | None) -> bool:
-        """Return whether a new worker has room now and nobody goes for it; `learned_mb`: as for `find`."""
-        needed = _larger(self.views.needed(wants.model_ref), learned_mb)
+    def fits(self, wants: Wants, learned: Needed | None) -> bool:
+        """Return whether a new worker has room now and nobody goes for it; `learned`: as for `find`."""
+        needed = larger(self.views.needed(wants.model_ref), learned)
         return isinstance(self.decision(wants, needed), Fit)
 
     async def find(
@@ -157,13 +157,13 @@ class RoomFinder:
         tell: Tell,
         *,
         needed: Needed | None = None,
-        learned_mb: int | None = None,
+        learned: Needed | None = None,
         may_wait: bool = True,
         is_served: Callable[[], bool] = lambda: False,
     ) -> Found:
         """Return a node with room, as long as it takes for others to make it.
 
-        `needed`: what the worker takes, where that is not what one takes by default.  `learned_mb`: what an
+        `needed`: what the worker takes, where that is not what one takes by default.  `learned`: what an
         agent reckoned, where our own guess was too small.  Unless `may_wait`, only what is idle makes
         room, and no machine is woken.  `is_served`: whether workers are there by now for all that wait for
         this one: it takes no room then, theirs least of all, and they are about to leave.  Whoever has
@@ -178,7 +178,7 @@ class RoomFinder:
                 step = (
                     _SERVED
                     if is_served()
-                    else self._look(wants, waiter, needed=needed, learned_mb=learned_mb, may_wait=may_wait)
+                    else self._look(wants, waiter, needed=needed, learned=learned, may_wait=may_wait)
                 )
                 if isinstance(step, Found):
                     return step
@@ -205,11 +205,11 @@ class RoomFinder:
     # --- Looking: nothing is awaited between a look and what follows from it ----------------------
 
     def _look(
-        self, wants: Wants, waiter: _Waiter, *, needed: Needed | None, learned_mb: int | None, may_wait: bool
+        self, wants: Wants, waiter: _Waiter, *, needed: Needed | None, learned: Needed | None, may_wait: bool
     ) -> Found | NodeView | _Wait:
         wants = replace(wants, excluded=wants.excluded | waiter.failed.keys())
         facts = self.views.facts(wants.model_ref)
-        needed = _larger(needed or self.views.needed(wants.model_ref), learned_mb)
+        needed = larger(needed or self.views.needed(wants.model_ref), learned)
         decision = decide(_Ways(self, wants, facts, waiter), needed, may_wait=may_wait)
         if isinstance(decision, Fit):
             return self._found(decision, wants)
@@ -229,10 +229,10 @@ class RoomFinder:
         need = _need(decision, wants)
         models = sorted({record.model_ref for record in map(self._registry.worker, plan.worker_ids)})
         if verdict.turn is Turn.WAIT:
-            message = (
-                f"{need}: waits while {', '.join(models)} has requests there, "
-                f"{self._turn_s(waiter):g} s at most"
-            )
+            message = f"{need}: waits for who came earlier"
+            if not self._before(waiter):
+                limit = f"{self._limits.starvation_s:g} s at most"
+                message = f"{need}: waits while {', '.join(models)} has requests there, {limit}"
             return _Wait(message, verdict.again_s)
         self.views.leave(plan.worker_ids, wants.model_ref)
         movement = self.views.reserve(plan.node, plan.device, decision.needed_mb)
@@ -272,23 +272,35 @@ class RoomFinder:
 
     # --- Making room ----------------------------------------------------------------------------
 
+    def taking(self, name: str) -> Node:
+        """Return a node that still takes work: much may have happened since it was chosen.
+
+        Raises NODE_NOT_FOUND, NODE_UNREACHABLE; NODE_DRAINING also while it is upgraded.
+        """
+        node = self._registry.reachable(name)
+        if node.state is not NodeState.READY:
+            fail(ErrorCode.NODE_DRAINING, f"{name} takes no new work", node=name)
+        return node
+
     async def clear(self, found: Found) -> None:
         """Stop the workers that make room, once nothing computes on them, and wait until they are gone.
 
-        Raises NO_CAPACITY if that takes too long, and what their agent answers.
+        Raises NO_CAPACITY if that takes too long, what `taking` raises, and what the agent answers.
         """
         if not found.victims:
             return
         self._log.info("making room", node=found.node, workers=list(found.victims))
-        node = self._registry.reachable(found.node)
         try:
             async with asyncio.timeout(CLOSING_S):
                 while any(self.views.place(worker_id).requests for worker_id in self._live(found)):
+                    self.taking(found.node)
                     await self._changed(LOOK_S)
+            node = self.taking(found.node)
             async with asyncio.timeout(self._stop_limit_s):
                 for worker_id in self._live(found):
                     await node.peer.call("DELETE", f"/v1/workers/{worker_id}")
                 while self._live(found):
+                    self.taking(found.node)
                     await self._changed(LOOK_S)
         except TimeoutError:
             left = self._live(found)
@@ -383,11 +395,3 @@ def _need(decision: Evict | Hold, wants: Wants) -> str:
         f"{decision.plan.node} has {gib(max(decision.plan.free_mb, 0))} GiB free, {wants.model_ref} needs "
         f"{gib(decision.needed_mb)} GiB"
     )
-
-
-def _larger(needed: Needed | None, learned_mb: int | None) -> Needed | None:
-    """Return what is needed where an agent reckoned it: it tried with the least context as well."""
-    if learned_mb is None:
-        return needed
-    full_mb = max(learned_mb, needed.full_mb if needed is not None else 0)
-    return Needed(full_mb, full_mb)

@@ -39,6 +39,7 @@ from arriero.contracts.records import (
 from arriero.contracts.requests import SpawnBody
 from arriero.contracts.states import DownloadState, WorkerState
 from arriero.contracts.version import API_VERSION, __version__
+from arriero.domain.placement_memory import Needed
 from arriero.runtime import processes, state_dir
 from arriero.runtime.state_dir import StateDir
 
@@ -223,10 +224,11 @@ class ScriptedAgent:
         self.says: dict[str, Any] = {}
         #: What a worker of a model takes, in MiB; less is free meanwhile.
         self.memory_of: dict[str, int] = {}
+        #: What its preflight reckons for a model, by context; it refuses where not even the least is free.
+        self.reckons: dict[str, Needed] = {}
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
         self._runner: web.AppRunner | None = None
         self._group: asyncio.TaskGroup | None = None
-        #: Their ids go on from here.
         self.workers_made = 0
 
     async def start(self, group: asyncio.TaskGroup) -> None:
@@ -347,6 +349,10 @@ class ScriptedAgent:
         self.spawned.append(body)
         if self.spawn.refuse is not None:
             return error_answer(self.spawn.refuse)
+        needed = self.reckons.get(body.model_ref)
+        if needed is not None and needed.least_mb > self.ram_free_mb:
+            numbers = {"required_mb": needed.full_mb, "least_mb": needed.least_mb}
+            return error_answer(ArrieroError(ErrorCode.INSUFFICIENT_RAM, "too little", **numbers))
         worker = await self._new_worker(body.model_ref, self.spawn.worker)
         self.tell(WorkerChanged(worker=worker.record, worker_token=worker.token))
         assert self._group is not None

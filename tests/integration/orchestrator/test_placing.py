@@ -10,13 +10,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.orchestrator.scripted import ScriptedAgent, agent, download_frame
+import msgspec
+import pytest
+from tests.integration.orchestrator.scripted import (
+    ScriptedAgent,
+    ScriptedWorker,
+    agent,
+    download_frame,
+)
 from tests.integration.orchestrator.test_room import A, B, C, model
 
-from arriero.contracts.errors import ErrorCode
+from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.records import Capabilities
-from arriero.contracts.states import DownloadState, NodeState
+from arriero.contracts.requests import SpawnBody
+from arriero.contracts.states import DownloadState, NodeState, WorkerState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
@@ -90,7 +99,7 @@ async def until_over() -> AsyncIterator[asyncio.TaskGroup]:
 
 
 @asynccontextmanager
-async def nodes(folder: Path, *names: str) -> AsyncIterator[Placed]:
+async def nodes(folder: Path, *names: str, starvation_s: float = 1.0) -> AsyncIterator[Placed]:
     """Have nodes with 7,578 MiB free each."""
     clock, entropy = SystemClock(), SystemEntropy()
     registry = NodeRegistry(clock, Feed())
@@ -99,7 +108,7 @@ async def nodes(folder: Path, *names: str) -> AsyncIterator[Placed]:
         http = await stack.enter_async_context(Http())
         agents = {name: await stack.enter_async_context(agent(folder / name, name)) for name in names}
         group = await stack.enter_async_context(until_over())
-        room = RoomFinder(registry, clock, Settings(starvation_s=1.0, stop_grace_s=1.0))
+        room = RoomFinder(registry, clock, Settings(starvation_s=starvation_s, stop_grace_s=1.0))
         provisioner = ModelProvisioner(registry, room, group, clock)
         for number, (name, scripted) in enumerate(agents.items()):
             scripted.workers_made = number << 8
@@ -128,12 +137,19 @@ async def has(placed: Placed, name: str, *model_refs: str, size_mb: int = 5000) 
     await placed.until(lambda: all(placed.registry.views.has_model(name, ref) for ref in model_refs))
 
 
-async def loaded(placed: Placed, name: str, model_ref: str) -> None:
+async def loaded(placed: Placed, name: str, model_ref: str) -> ScriptedWorker:
     """Have an idle worker on a node, of which it is known what it takes."""
     scripted, views = placed.agents[name], placed.registry.views
     worker = await scripted.add_worker(model_ref)
     await placed.until(lambda: worker.worker_id in [view.worker_id for view in views.workers.of_node(name)])
     await placed.until(lambda: _free_mb(placed, name) == scripted.ram_free_mb)
+    return worker
+
+
+async def busy(placed: Placed, worker: ScriptedWorker) -> None:
+    """Have a worker compute, with nobody's request."""
+    placed.agents[worker.record.node].change(worker, state=WorkerState.BUSY, slots_available=3)
+    await placed.until(lambda: placed.registry.worker(worker.worker_id).state is WorkerState.BUSY)
 
 
 def _free_mb(placed: Placed, name: str) -> int:
@@ -200,3 +216,83 @@ async def test_whose_place_was_taken_while_the_model_came_begins_where_there_is_
         assert job.error is None, job.error
         assert [body.model_ref for body in bolivia.spawned] == bolivia.downloaded == [B]
         assert [worker.record.model_ref for worker in andes.workers.values()] == [A]
+
+
+@pytest.mark.parametrize("how", ["cut", "drained"])
+@pytest.mark.parametrize("wished", [None, "andes"])
+async def test_who_waits_for_room_on_a_node_that_is_no_choice_any_more(
+    tmp_path: Path, how: str, wished: str | None
+) -> None:
+    async with nodes(tmp_path, "andes", "bolivia") as placed:
+        andes, bolivia = placed.agents.values()
+        await has(placed, "andes", A, B)
+        await has(placed, "bolivia", B)
+        worker = await loaded(placed, "andes", A)
+        with placed.registry.paused("bolivia"):
+            await busy(placed, worker)
+            job = placed.asks(B, wished)
+            await placed.until(lambda: "its turn has come" in told(job))
+        if how == "cut":
+            andes.is_silent = True
+            why = ArrieroError(ErrorCode.NODE_UNREACHABLE, how)
+            placed.registry.unreachable(placed.registry.node("andes"), why)
+            code = ErrorCode.NODE_UNREACHABLE
+        else:
+            entry = placed.registry.node("andes").entry
+            placed.registry.changed_entry(msgspec.structs.replace(entry, is_drained=True))
+            code = ErrorCode.NODE_DRAINING
+        await over(job)
+        assert andes.spawned == [] and len(andes.workers) == 1
+        if wished is None:
+            assert job.error is None, job.error
+            assert "andes refused: " in told(job)
+            assert [body.model_ref for body in bolivia.spawned] == [B]
+        else:
+            assert job.error is not None and job.error.code is code
+
+
+async def test_what_an_agent_reckons_with_the_least_context_is_enough_to_make_room_for(
+    tmp_path: Path,
+) -> None:
+    async with nodes(tmp_path, "andes") as placed:
+        andes = placed.agents["andes"]
+        await has(placed, "andes", A)
+        await has(placed, "andes", B, size_mb=2000)
+        # It looks as if it fitted beside the other.
+        andes.reckons[B] = Needed(full_mb=9000, least_mb=6000)
+        await loaded(placed, "andes", A)
+        job = await over(placed.asks(B))
+        assert job.error is None, job.error
+        assert "hf:org/b needs 5.9 GiB: stops what was used longest ago: 1 worker" in told(job)
+        assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
+
+
+async def test_a_worker_without_a_named_node_begins_where_the_model_is(tmp_path: Path) -> None:
+    async with nodes(tmp_path, "andes", "bolivia") as placed:
+        andes = placed.agents["andes"]
+        await has(placed, "andes", A, B)
+        await loaded(placed, "andes", A)
+        andes.has_models(model(A, is_pinned=True), model(B))
+        await placed.until(lambda: placed.registry.node("andes").models[A].is_pinned)
+        # The other one has room, and not the model.
+        with pytest.raises(ArrieroError) as refused:
+            await placed.provisioner.spawn(SpawnBody(model_ref=B), None)
+        assert refused.value.message == (
+            "andes has 2.5 GiB free, the model needs 4.9 GiB; bolivia does not have hf:org/b"
+        )
+        andes.has_models(model(A), model(B))
+        await placed.until(lambda: not placed.registry.node("andes").models[A].is_pinned)
+        assert (await placed.provisioner.spawn(SpawnBody(model_ref=B), None)).node == "andes"
+        assert [worker.record.model_ref for worker in andes.workers.values()] == [B]
+
+
+async def test_how_long_it_takes_at_most_is_told_to_the_first_who_waits_alone(tmp_path: Path) -> None:
+    async with nodes(tmp_path, "andes", starvation_s=60.0) as placed:
+        await has(placed, "andes", A, B, C)
+        worker = await loaded(placed, "andes", A)
+        await busy(placed, worker)
+        first = placed.asks(B)
+        await placed.until(lambda: "waits while hf:org/a has requests there, 60 s at most" in told(first))
+        second = placed.asks(C)
+        await placed.until(lambda: "waits" in told(second))
+        assert told(second) == "andes has 2.5 GiB free, hf:org/c needs 4.9 GiB: waits for who came earlier"
