@@ -119,6 +119,19 @@ async def test_a_given_key_is_shown_before_anything_is_asked(
     assert asked(talkative) == ["publickey"]
 
 
+async def test_what_a_machine_says_is_heard_until_it_lets_us_in(
+    fabric: SshFabric, standing: SshServer
+) -> None:
+    times_s: list[float] = []
+    connection = await fabric.connect(known(standing), on_heard=lambda: times_s.append(time.monotonic()))
+    heard = len(times_s)
+    # Its version, the keys that it has, its part of the key exchange, that the login may begin, and its end.
+    assert heard >= 3
+    await connection.run(["true"], timeout_s=10)
+    await connection.aclose()
+    assert len(times_s) == heard
+
+
 async def test_a_machine_that_refuses_the_key_is_asked_what_it_takes(
     fabric: SshFabric, talkative: SshServer
 ) -> None:
@@ -357,6 +370,7 @@ async def test_a_way_for_all_hosts_leads_not_over_itself(
 async def test_an_attempt_that_is_given_up_leaves_nobody_on_the_way(
     fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path, hops: str
 ) -> None:
+    heard: list[str] = []
     with silence() as port:
         (ssh_dir / "config").write_text(
             f'Host jump\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
@@ -365,12 +379,14 @@ async def test_an_attempt_that_is_given_up_leaves_nobody_on_the_way(
         )
         (ssh_dir / "known_hosts").write_text(server.known_hosts_line() + standing.known_hosts_line())
         async with asyncio.TaskGroup() as group:
-            attempt = group.create_task(fabric.connect(NodeAddress("box", key_path=str(standing.key))))
+            address = NodeAddress("box", key_path=str(standing.key))
+            attempt = group.create_task(fabric.connect(address, on_heard=lambda: heard.append("a hop")))
             await until("the last hop asks and gets no answer", lambda: is_asked(port))
             assert logged_in(server)
             attempt.cancel()
         # And with them our ends are gone.
         await until("nobody is logged in", lambda: not logged_in(server) and not logged_in(standing))
+    assert not heard
 
 
 @contextmanager
