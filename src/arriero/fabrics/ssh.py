@@ -11,6 +11,7 @@ from typing import Final, cast
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.domain import backoff
 from arriero.fabrics.base import Connection, NodeAddress, OnHeard, OnRetry
+from arriero.fabrics.ssh_dial import Names
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -40,6 +41,7 @@ class SshFabric:
         self._entropy = entropy
         self._sockets_dir = sockets_dir
         self._connect_timeout_s = connect_timeout_s
+        self._names = Names()
 
     async def connect(
         self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
@@ -65,6 +67,7 @@ class SshFabric:
                         entropy=self._entropy,
                         sockets_dir=self._sockets_dir,
                         timeout_s=self._connect_timeout_s,
+                        names=self._names,
                         on_heard=on_heard,
                     ),
                 )

@@ -13,6 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress, OnHeard
 from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
+from arriero.fabrics.ssh_dial import Names
 from arriero.fabrics.ssh_heard import hear, hear_no_more
 from arriero.fabrics.ssh_key_first import show_key_first
 from arriero.fabrics.ssh_way import (
@@ -118,6 +119,7 @@ async def log_in(
     entropy: Entropy,
     sockets_dir: Path,
     timeout_s: float,
+    names: Names,
     on_heard: OnHeard | None = None,
 ) -> SshConnection:
     """Return a connection that is logged in.  `on_heard` hears what comes from the machine until then.
@@ -127,7 +129,8 @@ async def log_in(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            connection, gone = await _trusted(address, await asyncio.to_thread(_Trust, address), on_heard)
+            trust = await asyncio.to_thread(_Trust, address)
+            connection, gone = await _trusted(address, trust, names, on_heard)
     except TimeoutError as error:
         raise _unreachable(address, f"no login within {timeout_s:g} s") from error
     except (asyncssh.Error, OSError, ValueError, RuntimeError) as error:
@@ -169,13 +172,15 @@ class _Trust:
         return [key.get_algorithm() for key in found[0]], bool(found[1])
 
 
-async def _trusted(address: NodeAddress, trust: _Trust, on_heard: OnHeard | None) -> "_LoggedIn":
+async def _trusted(
+    address: NodeAddress, trust: _Trust, names: Names, on_heard: OnHeard | None
+) -> "_LoggedIn":
     first: Presented | None = None
     tried: list[str] = []
     algorithms = trust.algorithms()
     while True:
         try:
-            return await _open(address, trust, algorithms, on_heard)
+            return await _open(address, trust, algorithms, names, on_heard)
         except _NotTrusted as error:
             # A machine has keys of several kinds; the one that is trusted need not be shown first.
             first = first or error.presented
@@ -202,14 +207,14 @@ _LoggedIn: TypeAlias = tuple[asyncssh.SSHClientConnection, Gone]
 
 
 async def _open(
-    address: NodeAddress, trust: _Trust, algorithms: Sequence[str], on_heard: OnHeard | None
+    address: NodeAddress, trust: _Trust, algorithms: Sequence[str], names: Names, on_heard: OnHeard | None
 ) -> _LoggedIn:
     """Connect once, and accept host keys of these kinds alone."""
     gone = Gone()
     client = _Client(address, gone, on_heard)
     try:
         connection = await connect_over(
-            await open_way(address),
+            await open_way(address, names),
             address,
             client_keys=_keys(address),
             client_factory=lambda: client,
