@@ -211,7 +211,8 @@ def test_a_unit_of_systemd() -> None:
     lines = agent_child.unit_text("/home/a/x/envs/t/bin/python", env, "/home/a/x/log").splitlines()
     assert "ExecStart=/home/a/x/envs/t/bin/python -m arriero agent" in lines
     assert "Environment=ARRIERO_HOME=/home/a/x/home" in lines
-    assert "Restart=always" in lines and "KillMode=process" in lines
+    assert "Restart=on-failure" in lines and "KillMode=process" in lines
+    assert "WantedBy=default.target" in lines, "what was ended in order comes up at the next boot"
 
 
 def test_a_property_list_of_launchd() -> None:
@@ -219,7 +220,8 @@ def test_a_property_list_of_launchd() -> None:
         agent_child.plist("arriero-agent-1", "/p/python", {"ARRIERO_HOME": "/p/home"}, "/p/log")
     )
     assert told["ProgramArguments"] == ["/p/python", "-m", "arriero", "agent"]
-    assert told["KeepAlive"] is True and told["EnvironmentVariables"] == {"ARRIERO_HOME": "/p/home"}
+    assert told["KeepAlive"] == {"SuccessfulExit": False} and told["RunAtLoad"] is True
+    assert told["EnvironmentVariables"] == {"ARRIERO_HOME": "/p/home"}
 
 
 def test_a_program_that_ran_well_is_started_again_at_once() -> None:

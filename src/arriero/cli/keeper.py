@@ -1,7 +1,7 @@
 """How is an agent kept running where no service manager does it?  (`arriero keep-agent`)
 
-For machines behind SSH.  It starts the agent again when that has ended, and passes SIGTERM on.  It
-imports next to nothing: it lives as long as the machine runs.
+For machines behind SSH.  It starts the agent again when that has crashed, ends with one that was told to
+end, and passes SIGTERM on.  It imports next to nothing: it lives as long as the machine runs.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _STOPS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> int:
-    """Keep the agent of ARRIERO_HOME running until a signal comes; return the exit code."""
+    """Keep the agent of ARRIERO_HOME running until it or we are told to end; return the exit code."""
     home = Path(os.environ["ARRIERO_HOME"])
     run = home / "run"
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,8 +61,11 @@ def _keep(signals: "_Signals", log: Path) -> None:
             _end(agent, signals)
             return
         lived_s = time.monotonic() - started_s
-        keeping = keeping.ended(lived_s)
         code, name = processes.exit_code_of(agent.returncode)
+        if code == 0:
+            _tell("keeper_ended", exit_code=code)
+            return
+        keeping = keeping.ended(lived_s)
         _tell(
             "agent_missing",
             exit_code=code,

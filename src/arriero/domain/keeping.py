@@ -1,4 +1,4 @@
-"""When is a program that ended started again by its keeper?
+"""When is a program that crashed started again by its keeper?
 
 At once if it ran well, later and later if it ends again and again; never not at all: what stops it may
 be mended by somebody who does not know of the keeper.

@@ -115,7 +115,8 @@ async def _answers(peer: Peer) -> bool:
     try:
         await peer.call("GET", "/v1/health", timeout_s=ASK_TIMEOUT_S)
     except ArrieroError as error:
-        return error.code is not ErrorCode.NODE_UNREACHABLE
+        # One that does not know our token is another one, at the port of the one that is gone.
+        return error.code not in (ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY)
     return True
 
 

@@ -45,8 +45,6 @@ _LASTING: Final = frozenset(
 )
 #: The agent that was known is not there, or another answers at its port: its run file tells which.
 _AGENT_GONE: Final = frozenset({ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
-#: It is not the node that fails, but we.
-_OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
 #: The share of `node_timeout_s` after which a silent node is missed.  The silence begins with the last
 #: beat, which may have come right before the cut, and its news has to reach whoever asks: so the whole of
@@ -95,7 +93,6 @@ class NodeLink:
         self._clock = clock
         self._entropy = entropy
         self._attention = attention
-        self._node_timeout_s = node_timeout_s
         self._missed_s = MISSED_SHARE * node_timeout_s
         self._first_s = max(connect_timeout_s, self._missed_s)
         self._name = name
@@ -112,6 +109,10 @@ class NodeLink:
             group.create_task(self._hold_forever(), name=f"hold-{self._name or 'local'}")
             group.create_task(self._watch_silence(), name=f"silence-{self._name or 'local'}")
 
+    def _is_first(self) -> bool:
+        """Return whether the machine is being reached for the first time, and nothing failed yet."""
+        return not self._was_held and self._error is None
+
     def _listened_s(self) -> float:
         """Return a time that stands still while this process does."""
         return self._clock.monotonic_s() - self._attention.away_s()
@@ -122,17 +123,20 @@ class NodeLink:
         try:
             while True:
                 started_s = self._listened_s()
+                is_our_own = False
                 try:
                     await self._hold_once()
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
                 except ArrieroError as caught:
                     error = caught
+                    is_our_own = error.code is ErrorCode.STATE_DIR_UNUSABLE
                 except Exception as caught:  # noqa: BLE001  The edge: other nodes' links go on.
+                    is_our_own = True
                     error = ArrieroError(ErrorCode.INTERNAL_ERROR, f"its link failed: {caught!r}")
                     if error.message != told:
                         self._log.exception("link failed", node=self._name)
-                if error.code in _OUR_OWN:
-                    # Whatever is wrong with this line, the next one is made from the beginning.
+                if is_our_own:
+                    # It is not the node that fails: whatever is wrong here, the next line is made anew.
                     await self._reach.drop()
                 if error.code is ErrorCode.NOT_RUNNING and self._name is None:
                     # Nobody ever said that this machine has one.
@@ -211,10 +215,13 @@ class NodeLink:
                 is_way_gone = line.is_gone or self._last_heard_s > gone_since_s
                 if not is_agent_gone or self._revive is None or is_way_gone:
                     raise
-                self._error = error
-                if self._listened_s() - gone_since_s >= AGENT_BACK_S:
+                # What left no run file was told to end, maybe with the orchestrator before, and so did
+                # its keeper.
+                has_ended = error.code is ErrorCode.NOT_RUNNING and self._is_first()
+                if has_ended or self._listened_s() - gone_since_s >= AGENT_BACK_S:
                     await self._revive(line)
                     gone_since_s = self._listened_s()
+                self._error = error
             await self._clock.sleep_s(LOOK_EVERY_S)
 
     async def _hold(self, line: Line, record: RunRecord) -> None:
@@ -260,6 +267,8 @@ class NodeLink:
             raise self._unfit(has)
         for worker in snapshot.workers:
             await self._lead(line, worker)
+        # From now on, and not after the answer to the question below: else it is missed for the time before.
+        self._last_heard_s = self._listened_s()
         node = self._registry.joined(snapshot, line, record, name=self._name)
         if self._node is not None and self._node is not node:
             why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
@@ -270,7 +279,8 @@ class NodeLink:
         with contextlib.suppress(ArrieroError):
             started_s = self._clock.monotonic_s()
             peer = line.peer(record.url, record.token)
-            await peer.call("GET", "/v1/health", timeout_s=self._node_timeout_s)
+            # Its beats wait meanwhile.
+            await peer.call("GET", "/v1/health", timeout_s=self._missed_s / 2)
             node.latency_ms = (self._clock.monotonic_s() - started_s) * 1000
         return node
 
@@ -305,8 +315,7 @@ class NodeLink:
         while True:
             silence_s = self._listened_s() - self._last_heard_s
             # Nobody misses a machine yet that is connected to for the first time: a slow one takes its time.
-            is_first = not self._was_held and self._error is None
-            limit_s = self._first_s if is_first else self._missed_s
+            limit_s = self._first_s if self._is_first() else self._missed_s
             if self._node is not None and silence_s >= limit_s:
                 silent = ArrieroError(
                     ErrorCode.NODE_UNREACHABLE, f"silent for {self._missed_s:.3g} s", node=self._node.name

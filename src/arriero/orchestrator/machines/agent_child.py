@@ -8,6 +8,7 @@ import plistlib
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,10 @@ def start(
     with turn(root):
         log = home / "logs" / "agent.log"
         offset = log.stat().st_size if log.exists() else 0
-        agent, keeper = agent_of(home), keeper_of(home)
-        if is_alive(agent) or is_alive(keeper):
-            # One that is slow, or comes up just now, is not ended: its workers would be, too.
-            is_new = not is_alive(agent)
-            _signal(keeper, signal.SIGHUP)
-            how = "the process that keeps it"
-            _wait_answers(home, log, offset, answer_timeout_s)
-        else:
+        is_new, how = not is_alive(agent_of(home)), "the process that keeps it"
+        # One that is slow, or comes up just now, is not ended: its workers would be, too.
+        _signal(keeper_of(home), signal.SIGHUP)
+        if not _wait_answers(home, log, offset, answer_timeout_s, while_it=_is_kept):
             is_new, how = True, _start(root, name, uses_services, log)
             try:
                 _wait_answers(home, log, offset, answer_timeout_s)
@@ -178,9 +175,24 @@ def _start_keeper(python: Path, env: dict[str, str], log: Path) -> None:
         os.close(fd)
 
 
-def _wait_answers(home: Path, log: Path, offset: int, timeout_s: float) -> None:
+def _is_kept(home: Path) -> bool:
+    """Return whether an agent runs, or who would start one: a keeper ends with one that was told to end."""
+    return is_alive(agent_of(home)) or is_alive(keeper_of(home))
+
+
+def _wait_answers(
+    home: Path,
+    log: Path,
+    offset: int,
+    timeout_s: float,
+    *,
+    while_it: Callable[[Path], bool] = lambda _: True,
+) -> bool:
+    """Wait until the agent answers; return False as soon as `while_it` does not hold any more."""
     deadline = time.monotonic() + timeout_s
     while not (is_alive(agent_of(home)) and answers(agent_of(home))):
+        if not while_it(home):
+            return False
         if time.monotonic() > deadline:
             raise Refused(
                 "DAEMON_START_FAILED",
@@ -188,6 +200,7 @@ def _wait_answers(home: Path, log: Path, offset: int, timeout_s: float) -> None:
                 log_tail=_tail(log, offset),
             )
         time.sleep(POLL_S)
+    return True
 
 
 def answers(record: Facts) -> bool:
@@ -245,7 +258,8 @@ def unit_text(python: str, env: dict[str, str], log: str) -> str:
         "[Service]",
         f"ExecStart={python} -m arriero agent",
         *(f"Environment={name}={value}" for name, value in sorted(env.items())),
-        "Restart=always",
+        # What crashed, and not what was told to end; a boot starts it in any case.
+        "Restart=on-failure",
         # Not at once: one that cannot start would take a whole core.
         "RestartSec=250ms",
         # Its workers outlive an agent that is killed, and are stopped by one that is told to end.
@@ -267,7 +281,7 @@ def plist(label: str, python: str, env: dict[str, str], log: str) -> bytes:
             "ProgramArguments": [python, "-m", "arriero", "agent"],
             "EnvironmentVariables": env,
             "RunAtLoad": True,
-            "KeepAlive": True,
+            "KeepAlive": {"SuccessfulExit": False},
             # The workers outlive an agent that is killed.
             "AbandonProcessGroup": True,
             "ExitTimeOut": 60,
