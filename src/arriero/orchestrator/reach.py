@@ -6,6 +6,7 @@ makes lines, and finds the agent at their other end.
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
@@ -32,6 +33,9 @@ RUN_FILE_BYTES_MAX: Final = 65_536
 #: No divisor of a second: what is sent again goes between the new ones.
 ATTEMPT_EVERY_S: Final = 0.4
 ATTEMPTS_AT_ONCE: Final = 10
+#: One that gets answers is let alone while they come: another one would be no faster, and a server counts
+#: those that hang up before they are logged in, and shuts out who does so often.
+HEARD_S: Final = 1.0
 #: So long a machine that was there a moment ago is tried: its sshd may be starting anew.
 REACHED_AGAIN_S: Final = 20.0
 #: So long, at most, is waited for one that held a machine, and is silent, to lose it.
@@ -199,7 +203,7 @@ class SshReach:
         self._is_known_untried = False
 
     async def line(self) -> Line:
-        """Return the line that holds, else connect: several attempts run beside each other."""
+        """Return the line that holds, else connect: several attempts run while none gets answers."""
         if self._line is None:
             connection = await self._connect()
             try:
@@ -238,12 +242,17 @@ class SshReach:
         failed: ArrieroError | None = None
         done = asyncio.Event()
         running = 0
+        heard_s = -math.inf
+
+        def heard() -> None:
+            nonlocal heard_s
+            heard_s = self._clock.monotonic_s()
 
         async def attempt() -> None:
             nonlocal found, failed, running
             running += 1
             try:
-                connection = await self._fabric.connect(address)
+                connection = await self._fabric.connect(address, on_heard=heard)
                 if found is None:
                     found = connection
                 else:
@@ -258,7 +267,8 @@ class SshReach:
             async with asyncio.TaskGroup() as group:
                 tasks = []
                 while found is None and failed is None:
-                    if running < ATTEMPTS_AT_ONCE:
+                    is_silent = self._clock.monotonic_s() - heard_s >= HEARD_S
+                    if is_silent and running < ATTEMPTS_AT_ONCE:
                         tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
                     waiter = group.create_task(done.wait(), name="connected")
                     tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
