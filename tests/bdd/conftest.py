@@ -12,7 +12,6 @@ from pytest_bdd.steps import StepNamePrefix
 from arriero.testing.memory_limit import can_limit
 from tests.bdd.world import World
 
-SCENARIO_S = 60
 STEP_MODULES = (
     "checks", "pools", "downloads", "loading", "tokens", "health", "states", "starting", "models",
     "deadlines", "exhaustion", "hub",
@@ -36,13 +35,6 @@ def world(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
         made.check_nothing_unseen()
     finally:
         made.close()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a scenario more time than a test: it starts several programs, also on a machine that is busy."""
-    for item in items:
-        if "/bdd/" in str(item.path):
-            item.add_marker(pytest.mark.timeout(SCENARIO_S))
 
 
 def pytest_bdd_apply_tag(tag: str, function: Callable[..., Any]) -> bool | None:

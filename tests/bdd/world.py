@@ -22,8 +22,10 @@ from arriero.contracts.records import WorkerRecord
 from arriero.testing.pool import ARRIERO, Pool, eventually
 
 LOG = logging.getLogger("bdd")
-PROGRAM_TIMEOUT_S = 60.0
-READY_LINE_S = 10.0
+PROGRAM_TIMEOUT_S = 180.0
+READY_LINE_S = 60.0
+#: With a probe, where the scenario says nothing of it.
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class World:
         assert workers, "the agent has no such worker"
         return workers[-1]
 
-    def worker_in(self, *states: str, timeout_s: float = 15.0) -> WorkerRecord:
+    def worker_in(self, *states: str, timeout_s: float = 60.0) -> WorkerRecord:
         """Wait until the scenario's worker is in one of the states; return its record."""
 
         def look() -> WorkerRecord | None:
@@ -164,8 +166,7 @@ class World:
             given += ["--agent"]
         if look_up and has_worker and self.url is None and self.worker_id is not None:
             given += ["--worker", self.worker_id]
-        if self.timeout_s is not None:
-            given += ["--timeout", f"{self.timeout_s:g}"]
+        given += ["--timeout", f"{PATIENCE_S if self.timeout_s is None else self.timeout_s:g}"]
         code, answer, words = self._run("probe", *given)
         assert answer.get("probe") == name, f"no answer of the probe: {answer} {words}"
         assert answer["exit_code"] == code, f"it says {answer['exit_code']} and exits {code}"
@@ -209,7 +210,7 @@ class World:
         self.answer = json.loads(out) if out.strip().startswith("{") else {}
         return process.returncode, self.answer, words
 
-    def hears(self, text: str, timeout_s: float = 15.0) -> None:
+    def hears(self, text: str, timeout_s: float = 60.0) -> None:
         """Wait until the program that runs now has said `text` on stderr."""
 
         def look() -> bool:

@@ -56,7 +56,7 @@ def _assert_nothing_half_is_visible(models_dir: Path) -> None:
 @pytest.mark.parametrize("seed", range(RUNS))
 async def test_cuts_by_reset_and_stall(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
-    limits = small_limits(attempts=6, stall_s=0.1, progress_bytes=64 * KIB)
+    limits = small_limits(attempts=20, stall_s=0.2, progress_bytes=64 * KIB)
     fetch = dataclasses.replace(
         limits.fetch, part_bytes=64 * KIB, range_bytes=chance.choice([128, 512]) * KIB, connections=4
     )
@@ -86,14 +86,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def _fetch_to_the_end(agent: AgentProcess, ref: str) -> ModelRecord:
     download_id = agent.client.start_download(ref).download_id
-    with agent.client.download_progress(download_id, silence_s=20.0) as stream:
+    with agent.client.download_progress(download_id, silence_s=60.0) as stream:
         last = list(download_frames(stream))[-1]
     assert last.stage is DownloadState.COMPLETE, last
     (model,) = agent.client.models()
     return model
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", range(KILL_RUNS))
 async def test_cuts_by_kill(tmp_path: Path, large: bytes, seed: int) -> None:
     chance = random.Random(1000 + seed)
@@ -101,7 +101,7 @@ async def test_cuts_by_kill(tmp_path: Path, large: bytes, seed: int) -> None:
     async with (
         FaultServer(large) as server,
         FaultProxy(_port(server.url), rate_bytes_per_s=80e6) as proxy,
-        asyncio.timeout(80),
+        asyncio.timeout(280),
     ):
         ref = f"{proxy.url}/large.gguf"
         try:

@@ -13,10 +13,7 @@ from tests.fuzz import nodes
 
 from arriero.testing.sshd import sshd_path
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed")
 
 
 def test_none_of_many_hostile_strings_is_executed() -> None:

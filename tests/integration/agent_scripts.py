@@ -50,7 +50,7 @@ def tell(record: WorkerRecord, token: str, path: str, method: str = "POST") -> A
         headers={"Authorization": f"Bearer {token}"},
         data=b"" if method == "POST" else None,
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
         return json.loads(answer.read())
 
 

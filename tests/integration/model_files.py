@@ -51,14 +51,14 @@ def sha256(content: bytes) -> str:
 def small_limits(
     *,
     attempts: int = 3,
-    stall_s: float = 0.3,
+    stall_s: float = 30.0,
     progress_bytes: int = 2**40,
     peer_back_s: float = 0.0,
     rate_bytes_per_s: float = 0.0,
 ) -> ProvisionLimits:
     return ProvisionLimits(
         fetch=FetchLimits(
-            connect_s=2.0,
+            connect_s=30.0,
             stall_s=stall_s,
             retry=RetryLimits(attempts=attempts, base_s=0.001, cap_s=0.01),
             progress_bytes=progress_bytes,

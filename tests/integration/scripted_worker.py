@@ -129,7 +129,7 @@ def main() -> None:
                 "Content-Type": "application/json",
             },
         )
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).close()
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
     if "exit" in SCRIPT:
         (Path(SPEC["run_dir"]) / "exit.json").write_text(json.dumps(SCRIPT["exit"]))
     if "exit_code" in SCRIPT:

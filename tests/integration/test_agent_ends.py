@@ -23,7 +23,6 @@ from arriero.testing.agents import AgentProcess, wait_for
 
 A, B = {FENCE_HEADER: f"{'a' * 16}:1"}, {FENCE_HEADER: f"{'b' * 16}:2"}
 SOON = {**QUICK, "node_timeout_s": "0.3"}
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def peer_of(http: Http, agent: AgentProcess, headers: dict[str, str] | None = No
 
 def ended(agent: AgentProcess) -> int:
     assert agent.process is not None
-    return agent.process.wait(15)
+    return agent.process.wait(60)
 
 
 @asynccontextmanager
@@ -84,7 +83,7 @@ def test_an_agent_that_is_shut_down_takes_its_workers_along_and_has_not_failed(
 
 
 def test_it_is_answered_first_and_may_be_asked_twice(home: Path, models: Path) -> None:
-    with AgentProcess(home, QUICK) as agent:
+    with AgentProcess(home, {**QUICK, "stop_grace_s": "5"}) as agent:
         stubborn = agent.spawn(scripted(models, drain=False, sigterm=False))
         agent.wait_worker(stubborn.worker_id, S.IDLE)
         assert agent.client.raw("POST", "/v1/admin/shutdown").status == 202
@@ -127,7 +126,7 @@ async def test_agents_end_together_and_one_that_is_not_there_is_named(tmp_path: 
             async with Http() as http:
                 agents = {"one": peer_of(http, one), "two": peer_of(http, two)}
                 agents["gone"] = http.peer(f"http://127.0.0.1:{nobody.getsockname()[1]}")
-                failures = await end_agents(agents, grace_s=5, clock=SystemClock())
+                failures = await end_agents(agents, grace_s=30, clock=SystemClock())
             assert {name: error.code for name, error in failures.items()} == {
                 "gone": ErrorCode.NODE_UNREACHABLE
             }
@@ -148,7 +147,7 @@ async def test_what_was_bound_goes_when_its_orchestrator_lets_go_and_the_rest_st
                 goes = await bound(peer, agent, scripted(models))
                 stays = agent.wait_worker(agent.spawn(scripted(models)).worker_id, S.IDLE)
                 identity = identity_of(agent, goes.worker_id)
-                assert await release_nodes({"here": peer_of(http, agent, A)}, timeout_s=5) == {}
+                assert await release_nodes({"here": peer_of(http, agent, A)}, timeout_s=30) == {}
                 assert has_left_nothing(agent, goes, identity)
                 assert agent.client.worker(stays.worker_id).state is S.IDLE
             # Nobody has to wait for who said that he goes.
@@ -174,7 +173,7 @@ async def test_what_was_bound_goes_when_another_holds_the_node(home: Path, model
             peer = peer_of(http, agent)
             async with held(peer, A):
                 record = await bound(peer, agent, scripted(models))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while True:
                     with contextlib.suppress(ArrieroError):
                         async with held(peer, B):

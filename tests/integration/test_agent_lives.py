@@ -29,9 +29,6 @@ from arriero.runtime import processes
 from arriero.runtime.serve import bind
 from arriero.testing.agents import AgentProcess, wait_for
 
-# Several agents one after the other, each an interpreter with its libraries, on a loaded machine.
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
@@ -46,7 +43,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def test_sigterm_stops_all_workers_at_the_same_time(home: Path, models: Path) -> None:
-    with AgentProcess(home, QUICK) as agent:
+    with AgentProcess(home, {**QUICK, "stop_grace_s": "5"}) as agent:
         stubborn = scripted(models, drain=False, sigterm=False)
         idle = [agent.wait_worker(agent.spawn(stubborn).worker_id, S.IDLE) for _ in range(3)]
         identities = [identity_of(agent, record.worker_id) for record in idle]
@@ -58,7 +55,7 @@ def test_sigterm_stops_all_workers_at_the_same_time(home: Path, models: Path) ->
         with pytest.raises(ArrieroError) as refused:
             agent.spawn(stubborn)
         assert refused.value.code is ErrorCode.NO_CAPACITY
-        assert agent.process.wait(15) == 0
+        assert agent.process.wait(60) == 0
         assert all(has_left_nothing(agent, record, who) for record, who in zip(idle, identities, strict=True))
         assert not agent.state.run_file("agent").exists()
 
@@ -132,7 +129,7 @@ def test_what_ended_while_no_agent_looked_is_recorded(home: Path, models: Path) 
         first.kill()
         for record, identity in dead:
             os.kill(record.pid, signal.SIGKILL)
-            assert processes.wait_gone(identity, 5)
+            assert processes.wait_gone(identity, 30)
         with AgentProcess(home, QUICK) as second:
             unknown, known = (second.client.worker(record.worker_id) for record in (silent, writer))
             assert (unknown.state, known.state) == (S.STOPPED, S.FAILED)
@@ -159,38 +156,37 @@ def test_a_foreign_process_is_neither_adopted_nor_killed(home: Path, models: Pat
                 assert processes.is_alive(identity)
         finally:
             processes.signal_group(identity.pid, signal.SIGKILL)
-            processes.wait_gone(identity, 5)
+            processes.wait_gone(identity, 30)
 
 
 def test_a_worker_never_lives_without_a_record(home: Path, models: Path, tmp_path: Path) -> None:
     """The spec comes after the record; a worker whose stdin ends without one ends as well."""
     done = subprocess.run(
-        [*WORKER.split(), str(tmp_path)], stdin=subprocess.DEVNULL, timeout=10, capture_output=True
+        [*WORKER.split(), str(tmp_path)], stdin=subprocess.DEVNULL, timeout=60, capture_output=True
     )
     assert done.returncode == 3
     real = subprocess.run(
-        [sys.executable, "-m", "arriero", "worker"], stdin=subprocess.DEVNULL, timeout=15, capture_output=True
+        [sys.executable, "-m", "arriero", "worker"], stdin=subprocess.DEVNULL, timeout=60, capture_output=True
     )
     assert real.returncode not in (0, None)
 
 
 def test_an_idle_worker_is_unloaded(home: Path, models: Path) -> None:
     with AgentProcess(home, {**QUICK, "idle_timeout_s": "0.5"}) as agent:
-        busy = agent.wait_worker(agent.spawn(scripted(models)).worker_id, S.IDLE, S.BUSY, S.DRAINING)
-        stopped = agent.wait_worker(busy.worker_id, S.STOPPED)
+        stopped = agent.wait_worker(agent.spawn(scripted(models)).worker_id, S.STOPPED)
         assert stopped.exit is not None
         assert stopped.exit.message == "without work for 0.5 s"
 
 
 def test_no_callback_in_time_is_a_ready_timeout(home: Path, models: Path) -> None:
-    settings = {**QUICK, "worker_ready_timeout_s": "0.5", "worker_command": "sleep 600"}
+    settings = {**QUICK, "worker_ready_timeout_s": "3", "worker_command": "sleep 600"}
     with AgentProcess(home, settings) as agent:
         spawned = agent.spawn(scripted(models))
         identity = identity_of(agent, spawned.worker_id)
         failed = agent.wait_worker(spawned.worker_id, S.FAILED)
         assert failed.exit is not None
         assert (failed.exit.code, failed.exit.signal) == (ErrorCode.WORKER_READY_TIMEOUT, "SIGKILL")
-        assert "0.5 s" in failed.exit.message
+        assert "3 s" in failed.exit.message
         wait_for(lambda: has_left_nothing(agent, failed, identity), "nothing is left")
 
 
@@ -213,7 +209,7 @@ def test_a_worker_program_that_cannot_be_run(
 def test_a_second_agent_is_refused(home: Path) -> None:
     with AgentProcess(home, QUICK) as agent:
         second = AgentProcess(home, QUICK)
-        assert second.launch().wait(15) == 1
+        assert second.launch().wait(60) == 1
         assert "ALREADY_RUNNING" in second.log
         assert agent.client.health().status == "alive"
 
@@ -222,7 +218,7 @@ def test_a_taken_port_is_told(home: Path) -> None:
     sock = bind("127.0.0.1", 0)
     try:
         agent = AgentProcess(home, {"agent_port": str(sock.getsockname()[1])})
-        assert agent.launch().wait(15) == 1
+        assert agent.launch().wait(60) == 1
         assert "PORT_IN_USE" in agent.log
     finally:
         sock.close()
@@ -236,7 +232,7 @@ def test_a_state_folder_that_cannot_be_written(tmp_path: Path) -> None:
         log_path=log,
         env={**os.environ, "ARRIERO_HOME": str(tmp_path / "file" / "home"), "ARRIERO_AGENT_PORT": "0"},
     )
-    assert process.wait(15) == 1
+    assert process.wait(60) == 1
     assert "STATE_DIR_UNUSABLE" in log.read_text()
     assert str(tmp_path) not in log.read_text()
 
@@ -251,7 +247,7 @@ def test_two_spawns_at_once_get_two_workers(home: Path, models: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(15)
+            thread.join(60)
         assert len({record.worker_id for record in found}) == 4
         for record in found:
             agent.wait_worker(record.worker_id, S.IDLE)
@@ -293,7 +289,7 @@ def test_an_agent_killed_while_it_spawns_leaves_nothing_unknown(
         wait_for(has_come[moment], f"the first {moment} is there")
         first.kill()
         for thread in asking:
-            thread.join(10)
+            thread.join(60)
         with AgentProcess(home, QUICK) as second:
             known = {record.pid for record in second.client.workers() if record.state is not S.STOPPED}
             wait_for(lambda: _workers_below(home) <= known, "only known workers live")

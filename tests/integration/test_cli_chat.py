@@ -82,12 +82,12 @@ class Terminal:
 
     def wait_for(self, text: str, times: int = 1) -> None:
         while self.seen.count(text) < times:
-            assert select.select([self._ours], [], [], 15)[0], f"no {text!r} in {self.seen!r}"
+            assert select.select([self._ours], [], [], 60)[0], f"no {text!r} in {self.seen!r}"
             self.seen += os.read(self._ours, 65536).decode()
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         os.close(self._ours)
 
 
@@ -97,7 +97,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_talk(orchestrator: Orchestrator,
     terminal.type("one\r")
     terminal.wait_for("half")
     terminal.process.send_signal(signal.SIGINT)
-    assert orchestrator.left.wait(10) and orchestrator.cancelled.wait(10)
+    assert orchestrator.left.wait(60) and orchestrator.cancelled.wait(60)
     terminal.wait_for("> ", 2)
     orchestrator.play = whole
     terminal.type("two\r")
@@ -105,5 +105,5 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_talk(orchestrator: Orchestrator,
     terminal.wait_for("> ", 3)
     assert said(orchestrator) == [["one"], ["one", "half", "two"]]
     terminal.type("\x04")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(60) == 0
     assert not list(Path(orchestrator.env["ARRIERO_HOME"]).parent.rglob("*hist*"))

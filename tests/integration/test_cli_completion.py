@@ -38,7 +38,7 @@ echo "${{COMPREPLY[@]}}"
         env=env,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=True,
     )
     assert done.stdout.splitlines() == ["infer", "--model"]

@@ -14,9 +14,6 @@ import pytest
 from tests.support import cli
 from tests.support.home import Home, until
 
-# A pool comes up and down, more than once in some tests, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(120)
-
 PROMPT = "Count from 1 to 400."
 #: Slow enough that a stream is still running when something happens to it.
 SLOW = {"token_s": 0.02}
@@ -111,7 +108,9 @@ def test_a_killed_command_frees_the_slot_too(home: Home) -> None:
 
 def test_a_stalled_engine_is_a_timeout_and_frees_the_slot() -> None:
     with Home(engine="fake", engine_options={"stall_after_tokens": 3}) as home:
-        home.up()
+        # What is asked about begins when the worker is there.
+        assert home.run("infer", "-q", "--max-tokens", "1", PROMPT).code == 0
+        until("it is loaded", lambda: state_of_worker(home) == "idle")
         done = home.run("infer", "-q", "--timeout", "6", PROMPT)
         assert done.code == 124 and "error: REQUEST_TIMEOUT: " in done.err
         assert done.out == "1 2 3\n"

@@ -199,10 +199,10 @@ def test_nobody_listens_at_the_given_address(tmp_path: Path) -> None:
 
 def test_timeout_exits_124_and_closes_the_stream(orchestrator: Orchestrator) -> None:
     orchestrator.play = orchestrator.holds
-    done = cli.run("infer", "-q", "--timeout", "0.5", "hi", env=orchestrator.env)
+    done = cli.run("infer", "-q", "--timeout", "5", "hi", env=orchestrator.env)
     assert (done.code, done.out) == (124, "half\n")
-    assert done.err.startswith("error: REQUEST_TIMEOUT: not done within 0.5 s\n")
-    assert orchestrator.left.wait(10)
+    assert done.err.startswith("error: REQUEST_TIMEOUT: not done within 5 s\n")
+    assert orchestrator.left.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -211,26 +211,26 @@ def test_timeout_exits_124_and_closes_the_stream(orchestrator: Orchestrator) -> 
 def test_a_signal_cancels_the_task(orchestrator: Orchestrator, number: int, code: int) -> None:
     orchestrator.play = orchestrator.holds
     process = cli.start("infer", "-q", "hi", env=orchestrator.env)
-    assert orchestrator.streaming.wait(20)
+    assert orchestrator.streaming.wait(60)
     # The token is on its way: read it, so that the signal comes while it waits for the next.
     assert process.stdout is not None
     first = os.read(process.stdout.fileno(), 4)
     done = cli.interrupt(process, number)
     assert (done.code, first.decode() + done.out, done.err) == (code, "half\n", "")
-    assert orchestrator.left.wait(10) and orchestrator.cancelled.wait(10)
+    assert orchestrator.left.wait(60) and orchestrator.cancelled.wait(60)
 
 
 def test_an_interrupted_json_answer_is_still_json(orchestrator: Orchestrator) -> None:
     orchestrator.play = orchestrator.holds
     process = cli.start("infer", "--json", "hi", env=orchestrator.env)
-    assert orchestrator.streaming.wait(20)
+    assert orchestrator.streaming.wait(60)
     assert process.stderr is not None
     while b"chosen" not in process.stderr.readline():
         pass
     done = cli.interrupt(process)
     assert done.code == 130
     assert done.json["error"]["code"] == "REQUEST_CANCELLED"
-    assert orchestrator.left.wait(10)
+    assert orchestrator.left.wait(60)
 
 
 def test_a_reader_that_has_enough_cancels_quietly(orchestrator: Orchestrator) -> None:
@@ -249,8 +249,8 @@ def test_a_reader_that_has_enough_cancels_quietly(orchestrator: Orchestrator) ->
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(20) == 0
-    assert orchestrator.left.wait(10)
+    assert process.wait(60) == 0
+    assert orchestrator.left.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -313,5 +313,5 @@ def _on_a_terminal(env: dict[str, str]) -> str:
             seen += piece
     finally:
         os.close(ours)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     return seen.decode()

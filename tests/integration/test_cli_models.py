@@ -11,8 +11,6 @@ from tests.support.other_programs import ollama, sha256
 
 from arriero.testing.gguf_writer import write_llama
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:

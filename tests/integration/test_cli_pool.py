@@ -16,9 +16,6 @@ from tests.support.remote import other_version
 from arriero.contracts.version import __version__
 from arriero.runtime import processes
 
-# A pool comes up and down, more than once in some tests, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def home() -> Iterator[Home]:
@@ -210,7 +207,7 @@ def test_daemons_of_a_foreground_pool_do_not_outlive_a_killed_command(home: Home
     process.kill()
     cli.finish(process)
     for one in known:
-        assert one is not None and processes.wait_gone(one, 10)
+        assert one is not None and processes.wait_gone(one, 30)
     home.assert_clean()
 
 

@@ -128,7 +128,7 @@ def test_ipv6_loopback() -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         assert Orchestrator(f"http://[::1]:{port}").workers() == []
-        thread.join(10)
+        thread.join(60)
 
 
 def test_frames_of_a_token_stream() -> None:
@@ -200,7 +200,7 @@ def test_a_stream_that_falls_silent_or_is_out_of_time_is_a_timeout() -> None:
 
     with ScriptedServer(script) as server:
         worker = Worker(server.url)
-        with worker.stream("GET", "/mute", codes=TOKEN_CODES, silence_s=0.2) as stream:
+        with worker.stream("GET", "/mute", codes=TOKEN_CODES, silence_s=2.0) as stream:
             with pytest.raises(ArrieroError) as caught:
                 list(stream)
         assert caught.value.code is ErrorCode.TOKEN_STREAM_TIMEOUT
@@ -243,9 +243,9 @@ def test_closing_from_another_thread_ends_the_iteration_and_the_connection() -> 
             thread = threading.Thread(target=read, args=(stream,))
             thread.start()
             stream.close()
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
-        assert client_is_gone.wait(10)
+        assert client_is_gone.wait(60)
     assert stream.is_closed and not stream.is_done
 
 

@@ -21,8 +21,8 @@ _REFERENCE: Final[dict[str, Any]] = json.loads(
 )
 _CASES: Final[list[dict[str, Any]]] = _REFERENCE["cases"]
 _CHATS: Final = [case for case in _CASES if "messages" in case]
-_READY_WITHIN_S: Final = 15.0
-_STOP_WITHIN_S: Final = 5.0
+_READY_WITHIN_S: Final = 60.0
+_STOP_WITHIN_S: Final = 60.0
 #: Runs in the child: one server on a unix socket, ended by the end of its standard input.
 _CHILD: Final = """
 import sys
@@ -81,7 +81,7 @@ class _Engine:
     def request(
         self, method: str, route: str, body: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPConnection("localhost", timeout=15)
+        connection = http.client.HTTPConnection("localhost", timeout=60)
         try:
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.settimeout(15)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from tests.integration.model_files import SIZE_BYTES, Kit, gguf, kit_in, sha256, small_limits
+from tests.integration.model_files import SIZE_BYTES, Kit, gguf, kit_in, sha256
 
 from arriero.agent import partial_folder
 from arriero.agent.partial import Mark, Partial
@@ -44,7 +44,7 @@ async def _seen(kit: Kit, ticket: Ticket, is_it: Callable[[DownloadFrame], bool]
 async def test_a_database_that_fails_at_the_end_does_not_undo_a_download(tmp_path: Path) -> None:
     async with (
         FaultServer(gguf(), [Answer(hold_after=100_000), Answer()]) as server,
-        kit_in(tmp_path, limits=small_limits(stall_s=30.0)) as kit,
+        kit_in(tmp_path) as kit,
     ):
         ticket = kit.provisioner.start(f"{server.url}/m.gguf")
         await _seen(kit, ticket, lambda frame: frame.bytes_downloaded > 0)

@@ -17,8 +17,6 @@ from arriero.contracts.requests import EngineInstallBody, InferenceBody
 from arriero.contracts.states import WorkerState
 from arriero.testing.agents import AgentProcess, wait_for
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -70,7 +68,7 @@ def test_a_build_from_an_index_is_used_and_survives_the_agent(
         AgentProcess(home, {"engine_index_url": url}) as agent,
     ):
         before = agent.spawn(slots=1, context_tokens=256)
-        agent.wait_worker(before.worker_id, WorkerState.IDLE, limit_s=30)
+        agent.wait_worker(before.worker_id, WorkerState.IDLE)
         told = []
         stream = agent.client.install_engine(EngineInstallBody(build="cu128"))
         with stream:
@@ -110,7 +108,7 @@ def test_an_engine_is_loaded_from_the_build_beside(home: Path, wheel: Path, tmp_
 
     with AgentProcess(home, {"worker_command": f"{sys.executable} {shim}"}) as agent:
         record = agent.spawn(slots=1, context_tokens=256)
-        idle = agent.wait_worker(record.worker_id, WorkerState.IDLE, limit_s=30)
+        idle = agent.wait_worker(record.worker_id, WorkerState.IDLE)
         assert str(site) in engine_files(agent, idle.worker_id)
         run = next(run for run in agent.state.worker_runs() if run.record.worker_id == idle.worker_id)
         answer = Worker(idle.url, run.token).infer(InferenceBody(prompt="Count from 5 to 9.", max_tokens=4))

@@ -33,7 +33,7 @@ CONTENT = gguf(3, SIZE_BYTES)
 OTHER = gguf(4, SIZE_BYTES)
 HELD = Answer(hold_after=10_000)
 LIMITS = dataclasses.replace(
-    small_limits(attempts=3, stall_s=0.5).fetch,
+    small_limits(attempts=3).fetch,
     part_bytes=PART_BYTES,
     range_bytes=4 * PART_BYTES,
     connections=4,
@@ -101,7 +101,7 @@ async def fetch(
 ) -> FetchedFile:
     """Fetch the file and compare it; held answers go on once so many requests have come."""
     asked = remote or RemoteFile("m.gguf", f"{server.url}/m.gguf")
-    async with fetcher(limits, clock=clock) as fetching, asyncio.timeout(15), asyncio.TaskGroup() as group:
+    async with fetcher(limits, clock=clock) as fetching, asyncio.timeout(60), asyncio.TaskGroup() as group:
         task = group.create_task(fetching.fetch(asked, folder, watch or Watch()))
         enough = group.create_task(server.asked(requests_before_going_on))
         await asyncio.wait({task, enough}, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +191,8 @@ async def test_a_mute_connection_is_dropped_and_its_range_asked_for_again(tmp_pa
     stalling = Answer(stall_after=1_000)
     async with FaultServer(CONTENT, [HELD, Answer(), stalling, Answer()]) as server:
         watch = Watch()
-        await fetch(server, tmp_path, watch, requests_before_going_on=4)
+        limits = dataclasses.replace(LIMITS, stall_s=1.0)
+        await fetch(server, tmp_path, watch, requests_before_going_on=4, limits=limits)
         assert watch.counts[-1] == SIZE_BYTES
         assert len(watch.reasons) <= 1  # None if others were still at work, one if it was the last.
         assert all("no byte" in reason for reason in watch.reasons)
@@ -332,7 +333,7 @@ async def test_the_room_of_other_downloads_counts_as_taken(tmp_path: Path) -> No
     """Two files of which either has room; not both.  The second is refused before its bytes come."""
     claimed = int(shutil.disk_usage(tmp_path).free * 0.6)
     huge = Answer(content_range=f"bytes 0-{4 * PART_BYTES - 1}/{claimed}", stall_after=5_000)
-    limits = dataclasses.replace(LIMITS, stall_s=30.0, connections=1)
+    limits = dataclasses.replace(LIMITS, connections=1)
     budget = Budget(SystemClock())
     async with FaultServer(CONTENT, [huge]) as server, fetcher(limits, budget=budget) as fetching:
         remotes = [RemoteFile(name, f"{server.url}/{name}") for name in ("a.gguf", "b.gguf")]

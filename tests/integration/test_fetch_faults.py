@@ -6,6 +6,7 @@ Method: a real server with scripted faults, the real provisioner, real files.
 import base64
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.integration.model_files import SIZE_BYTES, gguf, kit_in, sha256, small_limits
@@ -25,12 +26,10 @@ def _folders(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if not entry.name.startswith("agent.db")]
 
 
-async def _fails(
-    tmp_path: Path, answers: list[Answer], name: str = "m.gguf", attempts: int = 3
-) -> ArrieroError:
+async def _fails(tmp_path: Path, answers: list[Answer], name: str = "m.gguf", **limits: Any) -> ArrieroError:
     async with (
         FaultServer(CONTENT, answers) as server,
-        kit_in(tmp_path, limits=small_limits(attempts=attempts)) as kit,
+        kit_in(tmp_path, limits=small_limits(**limits)) as kit,
     ):
         with pytest.raises(ArrieroError) as failed:
             await kit.provisioner.ensure(f"{server.url}/{name}")
@@ -264,7 +263,7 @@ async def test_a_tired_server_is_asked_again_when_it_says(tmp_path: Path) -> Non
 
 
 async def test_silence_in_every_attempt_is_a_timeout(tmp_path: Path) -> None:
-    error = await _fails(tmp_path, [Answer(is_mute=True), Answer(stall_after=1000)])
+    error = await _fails(tmp_path, [Answer(is_mute=True), Answer(stall_after=1000)], stall_s=0.5)
     assert error.code is ErrorCode.DOWNLOAD_TIMEOUT
     assert len(error.details["attempts"]) == 3
 
@@ -272,7 +271,7 @@ async def test_silence_in_every_attempt_is_a_timeout(tmp_path: Path) -> None:
 async def test_a_stall_is_followed_by_the_rest(tmp_path: Path) -> None:
     async with (
         FaultServer(CONTENT, [Answer(stall_after=100_000), Answer()]) as server,
-        kit_in(tmp_path) as kit,
+        kit_in(tmp_path, limits=small_limits(stall_s=1.0)) as kit,
     ):
         _, path = await kit.provisioner.ensure(f"{server.url}/m.gguf")
         assert path.read_bytes() == CONTENT

@@ -72,7 +72,7 @@ async def served() -> AsyncIterator[tuple[App, str]]:
 def ask(
     url: str, *, path: str = "/", body: bytes = b"", headers: dict[str, str] | None = None
 ) -> tuple[int, Any, Any]:
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     with contextlib.closing(connection):
         sent = {"Authorization": f"Bearer {TOKEN}"} if headers is None else headers
         connection.request("POST", path, body, sent)
@@ -118,7 +118,7 @@ async def test_a_body_at_the_limit_passes_and_one_over_it_is_told_so(served: tup
 async def test_a_chunked_body_over_the_limit_is_refused_too(served: tuple[App, str]) -> None:
     def chunked() -> bytes:
         host = served[1].removeprefix("http://")
-        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=5) as sock:
+        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=60) as sock:
             head = f"POST / HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
             sock.sendall(
                 head.encode() + b"200\r\n" + b"x" * 512 + b"\r\n" + b"200\r\n" + b"x" * 512 + b"\r\n0\r\n\r\n"
@@ -138,7 +138,7 @@ async def test_a_stream_beats_in_silence_and_stops_computing_when_its_client_goe
         assert seen[3].comment == "beat"
         assert not served[0].closed.is_set()
         await events.aclose()
-        await asyncio.wait_for(served[0].closed.wait(), 5)
+        await asyncio.wait_for(served[0].closed.wait(), 60)
 
 
 async def test_a_stream_that_fails_ends_with_the_error_and_its_envelope(served: tuple[App, str]) -> None:

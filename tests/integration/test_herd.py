@@ -39,7 +39,7 @@ def herd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
 async def test_its_words_are_an_agents(herd: Herd) -> None:
     decoder = msgspec.json.Decoder(AgentEvent)
     told: list[AgentEvent] = []
-    async with Http() as http, asyncio.timeout(10):
+    async with Http() as http, asyncio.timeout(60):
         run = herd.runs[3]
         peer = http.peer(run.url, run.token)
         events = peer.events("/v1/events")
@@ -68,21 +68,22 @@ def test_a_token_is_demanded_and_tells_which_agent(herd: Herd) -> None:
     assert caught.value.code is ErrorCode.INVALID_API_KEY
 
 
-@pytest.mark.timeout(60)
 def test_a_herd_is_held_is_missed_and_comes_back(herd: Herd, tmp_path: Path) -> None:
     with HerdOrchestrator(herd, tmp_path / "home") as orchestrator:
-        orchestrator.settled_s(since_s=time.monotonic(), limit_s=20)
+        orchestrator.settled_s(since_s=time.monotonic(), limit_s=60)
         assert len(orchestrator.client.workers()) == 5 * NODES
-        herd.silence(5)
-        wait_for(lambda: orchestrator.ready() == set(herd.names[5:]), "the silent are missed")
-        herd.speak()
+        try:
+            herd.silence(5)
+            wait_for(lambda: orchestrator.ready() == set(herd.names[5:]), "the silent are missed")
+        finally:
+            herd.speak()
         wait_for(lambda: orchestrator.ready() == set(herd.names), "they are back")
         before = {node.name: node.lease for node in orchestrator.client.nodes()}
         herd.drop()
-        orchestrator.settled_s(since_s=time.monotonic(), limit_s=20)
+        orchestrator.settled_s(since_s=time.monotonic(), limit_s=60)
         orchestrator.end()
         orchestrator.start()
-        orchestrator.settled_s(since_s=time.monotonic(), limit_s=20)
+        orchestrator.settled_s(since_s=time.monotonic(), limit_s=60)
         after = {node.name: node.lease for node in orchestrator.client.nodes()}
         assert len(orchestrator.client.workers()) == 5 * NODES
         assert all(after[name] > before[name] for name in herd.names)
@@ -107,7 +108,7 @@ async def test_a_line_that_is_gone_from_its_beginning_is_made_anew(herd: Herd, t
     fabric = _FirstIsGone(herd.folder, entropy)
     database = await open_database(tmp_path / "orchestrator.db")
     try:
-        async with Http() as http, asyncio.timeout(10):
+        async with Http() as http, asyncio.timeout(60):
             leases = await NodeStore.open(database, entropy)
             registry = NodeRegistry(clock, Feed())
             node = registry.add(entry)

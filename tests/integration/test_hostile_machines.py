@@ -16,10 +16,7 @@ from tests.support.remote import Remote
 
 from arriero.testing.sshd import SshServer, sshd_path
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed")
 #: Sets the window's title, clears the screen, and what some terminals take for the beginning of either.
 EVIL = "\x1b]0;pwned\x07\x1b[2J\x9b2J\u202epwned"
 OBEYED = ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e")
@@ -83,7 +80,7 @@ def strange_server(folder: Path) -> Iterator[tuple[str, ...]]:
         thread.start()
         yield "--ssh", f"ana@127.0.0.1:{listener.getsockname()[1]}", "--accept-host-key", f"SHA256:{'A' * 43}"
         listener.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
+    thread.join(60)
 
 
 @contextlib.contextmanager

@@ -38,10 +38,15 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 @pytest.fixture
 def hosts(standing: Hosts) -> Iterator[Hosts]:
     """Three hosts that are whole, with nothing but their servers in them."""
-    yield standing
-    for host in standing:
-        host.heal()
-        host.end_all()
+    try:
+        for host in standing:
+            host.heal()
+        yield standing
+    finally:
+        with contextlib.ExitStack() as ends:
+            for host in standing:
+                ends.callback(host.end_all)
+                ends.callback(host.heal)
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fabric() -> Iterator[SshFabric]:
     with tempfile.TemporaryDirectory(prefix="arr-") as folder:
-        yield SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=Path(folder), connect_timeout_s=5)
+        yield SshFabric(SystemClock(), SeededEntropy(1), sockets_dir=Path(folder), connect_timeout_s=30)
 
 
 @asynccontextmanager
@@ -72,7 +77,7 @@ async def connected(fabric: SshFabric, host: Host, target: str | None = None) ->
 
 
 async def told(connection: Connection, *argv: str) -> str:
-    return (await connection.run(argv, timeout_s=10)).stdout.decode().strip()
+    return (await connection.run(argv, timeout_s=60)).stdout.decode().strip()
 
 
 # --- A machine of its own -------------------------------------------------------------------------
@@ -93,7 +98,7 @@ async def test_homes_and_folders_are_private(fabric: SshFabric, hosts: Hosts) ->
 
 
 async def test_no_way_leads_out(fabric: SshFabric, hosts: Hosts) -> None:
-    script = "import socket, sys; socket.create_connection((sys.argv[1], 22), timeout=5)"
+    script = "import socket, sys; socket.create_connection((sys.argv[1], 22), timeout=30)"
     for goal in (hosts[1].address, "192.0.2.1"):
         done = hosts[0].run(["python3", "-c", script, goal], may_fail=True)
         assert done.returncode == 1 and "unreachable" in done.stderr
@@ -117,7 +122,7 @@ def test_sshd_alone_listens_and_others_are_told(host: Host) -> None:
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
         assert ("127.0.0.1", 8123, "python3") in host.listening()
-        process.communicate(b"\n", timeout=10)
+        process.communicate(b"\n", timeout=60)
     assert host.listening() == [(host.address, 22, "sshd")]
 
 
@@ -140,7 +145,7 @@ async def test_a_fault_of_the_link_is_noticed_and_healed(fabric: SshFabric, host
         await told(connection, "sh", "-c", "setsid sleep 61 </dev/null >/dev/null 2>&1 &")
         started_s = time.monotonic()
         host.cut() if fault == "cut" else host.drop_packets()
-        async with asyncio.timeout(8):  # Of the 3 s; the machine may be busy.
+        async with asyncio.timeout(30):  # Of the 3 s; the machine may be busy.
             why = await connection.closed()
         print(f"{fault}: missed after {time.monotonic() - started_s:.2f} s: {why}")
         assert await told(untouched, "hostname") == other.name
@@ -176,7 +181,7 @@ def test_a_link_that_loses_all(host: Host) -> None:
     # Nobody answers; of a cable that is out this machine learns so, but after seconds.
     assert isinstance(refused.value, TimeoutError) or refused.value.errno == errno.EHOSTUNREACH
     host.heal()
-    socket.create_connection((host.address, 22), timeout=5).close()
+    socket.create_connection((host.address, 22), timeout=30).close()
 
 
 async def test_a_restart_of_sshd_ends_connections_and_no_command(fabric: SshFabric, tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ async def test_a_restart_of_sshd_ends_connections_and_no_command(fabric: SshFabr
         async with connected(fabric, host) as connection:
             await told(connection, "sh", "-c", "setsid sleep 62 </dev/null >/dev/null 2>&1 &")
             host.restart_sshd()
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(30):
                 await connection.closed()
         async with connected(fabric, host) as connection:
             assert await told(connection, "hostname") == host.name
@@ -222,7 +227,7 @@ def test_nothing_is_left_whatever_happened(tmp_path: Path, end: str) -> None:
             owner.send_signal(signal.SIGKILL)
         else:
             owner.stdin.close()
-        owner.wait(10)
+        owner.wait(30)
     wait_for(lambda: not {gateway for gateway, *_ in made} & _addresses(), "the links are gone")
     wait_for(lambda: not any(_lives(pid) for _, *pids in made for pid in pids), "the processes are gone")
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()

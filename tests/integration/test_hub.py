@@ -416,7 +416,7 @@ async def test_an_answer_that_drips_is_given_up_and_nobody_goes_on_reading() -> 
         with pytest.raises(AttemptFailed, match="did not end its answer") as failed:
             await Hub(url, timeout_s=0.1).resolve(HfRef("o/r"), 0.0)
         assert failed.value.kind is FailureKind.STALLED
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await asyncio.get_running_loop().shutdown_default_executor()
     assert set(threading.enumerate()) <= threads
 

@@ -157,7 +157,7 @@ async def test_an_import_that_is_left_leaves_nothing(tmp_path: Path) -> None:
     def slow(path: Path) -> ModelFacts:
         if ".partial" in path.parts:
             is_inspected.set()
-            assert may_go_on.wait(10)
+            assert may_go_on.wait(60)
         return inspect(path)
 
     async with stock_in(tmp_path / "home", inspect=slow) as stock:

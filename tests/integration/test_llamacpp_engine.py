@@ -28,7 +28,7 @@ from arriero.runtime import cgroups
 from arriero.testing import gguf_writer as w
 from arriero.testing.engine_suite import load
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 CHILD = [sys.executable, "-P", "-m", "arriero.engines.llamacpp_child"]
 OWNER = Path(__file__).with_name("engine_owner.py")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from tests.support.engine_wheels import pack, sha256
 from tests.support.machines import Told, reached, small_package
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -21,10 +22,7 @@ from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
 from arriero.testing.sshd import SshServer, sshd_path
 
-pytestmark = [
-    pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
-    pytest.mark.timeout(120),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
 
 
@@ -209,6 +207,26 @@ async def test_a_disk_that_becomes_full(
     assert "nothing is left" in told.of("rollback")
 
 
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("disk", ["size=500m"], indirect=True)
+async def test_a_full_disk_keeps_nobody_from_what_is_installed_there(
+    connection: Connection, disk: Path, dist: Path, tmp_path: Path, told: Told
+) -> None:
+    machines = machines_of(dist, small_package(tmp_path))
+    await installed(connection, machines, disk / "there", told)
+    left_mb = shutil.disk_usage(disk).free // 2**20 - 20
+    with (disk / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, left_mb * 2**20)
+    assert not (await installed(connection, machines, disk / "there", told)).is_new
+    findings = {each.name: each for each in await machines.doctor(connection, str(disk / "there"))}
+    assert findings["disk"].code is ErrorCode.INSUFFICIENT_DISK and not findings["disk"].is_ok
+    assert findings["environment"].is_ok and findings["agent"].code is ErrorCode.NOT_RUNNING
+    newer = machines_of(dist, small_package(tmp_path / "newer", version="0.0.2"))
+    assert (await refused(connection, newer, disk / "there", told)).code is ErrorCode.INSUFFICIENT_DISK
+    assert (disk / "there" / "current").exists()
+
+
 # --- The installation ----------------------------------------------------------------------------
 
 
@@ -312,6 +330,37 @@ async def test_a_package_that_cannot_be_had_is_named(
     details = missing.value.details
     assert details["package"] == "xllamacpp" and "musl" in details["platform"] and details["python"]
     assert not there.parent.exists()
+
+
+async def test_a_package_that_the_machines_own_index_lacks_is_named(
+    there: Path, tmp_path: Path, told: Told
+) -> None:
+    listing = tmp_path / "simple" / "sniffio"
+    listing.mkdir(parents=True)
+    has = pack(
+        listing, name="sniffio", version="1.3.1", tag="py3-none-any", content={"sniffio/__init__.py": b""}
+    )
+    (listing / "index.html").write_text(f'<a href="{has.name}">{has.name}</a>')
+    package = small_package(tmp_path)
+    (package / "orchestrator/machines/runtime.txt").write_text(
+        f"sniffio==1.3.1 --hash=sha256:{sha256(has)}\nxllamacpp==1.2 --hash=sha256:{'0' * 64}\n"
+    )
+    env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": (tmp_path / "simple").as_uri()}
+    machines = machines_of(tmp_path / "dist", package)
+    with SshServer(tmp_path / "sshd", env=env) as own, tempfile.TemporaryDirectory(prefix="arr-") as sockets:
+        async with reached(own, Path(sockets)) as connection:
+            found = await machines.survey(connection, str(there), told)
+            with pytest.raises(ArrieroError) as missing:
+                await machines.install(connection, found, told)
+    assert missing.value.code is ErrorCode.PACKAGE_UNAVAILABLE, missing.value
+    details = missing.value.details
+    assert (details["package"], details["python"]) == (
+        "xllamacpp",
+        ".".join(map(str, found.python_version[:2])),
+    )
+    assert any("No matching distribution" in line for line in details["last_lines"]), details
+    assert "its own package index has the packages" in told.of("package")
+    assert not there.parent.exists() and "nothing is left" in told.of("rollback")
 
 
 async def test_a_wheel_with_other_content_is_not_carried(

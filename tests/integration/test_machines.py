@@ -24,7 +24,7 @@ from arriero.testing.sshd import SshServer, sshd_path
 
 pytestmark = [
     pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(420),
 ]
 
 
@@ -135,7 +135,7 @@ async def _agent_lives(machines: Machines, connection: Connection, path: Path) -
 
     # Killed, it is started again.
     first.kill()
-    second = until("another agent", lambda: _agent_or_none(path, besides=first), 60)
+    second = until("another agent", lambda: _agent_or_none(path, besides=first))
     assert b'"node":"attic"' in await machines.logs(connection, str(path), 50)
     keeper = psutil.Process(json.loads((path / "home/run/keeper.json").read_text())["pid"])
     assert second.ppid() == keeper.pid

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
-from tests.integration.model_files import Kit, gguf, kit_in, small_limits
+from tests.integration.model_files import Kit, gguf, kit_in
 
 from arriero.agent.routes.catalog import catalog_routes
 from arriero.agent.routes.downloads import DownloadAccepted, download_routes
@@ -52,8 +52,8 @@ class Served:
 
 
 @asynccontextmanager
-async def served_in(tmp_path: Path, stall_s: float = 0.3) -> AsyncGenerator[Served, None]:
-    async with kit_in(tmp_path, limits=small_limits(stall_s=stall_s)) as kit:
+async def served_in(tmp_path: Path) -> AsyncGenerator[Served, None]:
+    async with kit_in(tmp_path) as kit:
         app: Any = make_app(
             [*catalog_routes(kit.catalog), *download_routes(kit.provisioner, kit.catalog, beat_s=0.05)],
             title="agent",
@@ -111,7 +111,7 @@ async def test_a_reader_that_comes_back_gets_what_it_has_not_seen(tmp_path: Path
 async def test_the_last_one_to_leave_a_download_cancels_it(tmp_path: Path) -> None:
     async with (
         FaultServer(gguf(), [Answer(stall_after=1000)]) as server,
-        served_in(tmp_path, stall_s=60) as served,
+        served_in(tmp_path) as served,
     ):
         first, second, third = [await served.start(f"{server.url}/m.gguf") for _ in range(3)]
         assert first.download_id == second.download_id == third.download_id
@@ -131,7 +131,7 @@ async def test_the_last_one_to_leave_a_download_cancels_it(tmp_path: Path) -> No
 async def test_a_download_that_is_to_be_clean_leaves_nothing(tmp_path: Path) -> None:
     async with (
         FaultServer(gguf(), [Answer(stall_after=100_000)]) as server,
-        served_in(tmp_path, stall_s=60) as served,
+        served_in(tmp_path) as served,
     ):
         for clean in (False, True):
             body = {"model_ref": f"{server.url}/m.gguf", "clean": clean}
@@ -156,7 +156,7 @@ async def test_a_failed_download_ends_with_its_error(tmp_path: Path) -> None:
 async def test_a_silent_download_beats_and_can_be_cancelled(tmp_path: Path) -> None:
     async with (
         FaultServer(gguf(), [Answer(is_mute=True)]) as server,
-        served_in(tmp_path, stall_s=60) as served,
+        served_in(tmp_path) as served,
     ):
         accepted = await served.start(f"{server.url}/m.gguf")
         stream = served.peer.events(accepted.progress_url)

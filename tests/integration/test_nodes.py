@@ -19,11 +19,7 @@ from arriero.client.api import Orchestrator
 from arriero.testing.gguf_writer import write_llama
 from arriero.testing.sshd import sshd_path
 
-pytestmark = [
-    # Two machines come up and down, on one that may be busy.
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed")
 COUNT = ("infer", "--model", "demo", "--temperature", "0", "Count from 5 to 15.")
 ANSWER = "5 6 7 8 9 10 11 12 13 14 15"
 
@@ -47,8 +43,8 @@ def node(home: Home, name: str) -> dict[str, Any]:
     return found
 
 
-def status_is(home: Home, name: str, status: str, timeout_s: float = 15.0) -> None:
-    until(f"{name} is {status}", lambda: node(home, name)["status"] == status, timeout_s)
+def status_is(home: Home, name: str, status: str) -> None:
+    until(f"{name} is {status}", lambda: node(home, name)["status"] == status)
 
 
 def added(home: Home, remote: Remote, name: str = "far", *more: str) -> None:
@@ -67,7 +63,7 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
     assert (answer.code, answer.out.strip()) == (0, ANSWER), answer
     (worker,) = home.workers()
     assert worker["node"] == "far"
-    with OpenAI(base_url=f"{home.url()}/v1", api_key="none", max_retries=0, timeout=30) as sdk:
+    with OpenAI(base_url=f"{home.url()}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
         attic: dict[str, Any] = {"arriero": {"labels": {"room": "attic"}}}
         answered = sdk.completions.with_raw_response.create(
             model="demo", prompt="5 6 7", max_tokens=3, extra_body=attic
@@ -288,6 +284,10 @@ def test_another_version_is_told_and_upgraded(home: Home, remote: Remote, tmp_pa
         assert version in shown["error"]["message"]
     refused = home.run(*COUNT, "--node", "far", "--json", **new)
     assert refused.json["error"]["code"] == "VERSION_MISMATCH", refused
+    looked = home.run("nodes", "doctor", "far", "--json", **new)
+    (wrong,) = (each for each in looked.json["findings"] if not each["is_ok"])
+    assert (looked.code, wrong["code"]) == (1, "VERSION_MISMATCH"), looked
+    assert wrong["advice"] == "arriero nodes upgrade far"
     done = home.run("nodes", "upgrade", "--all", "--json", **new)
     # The one that cannot be reached keeps no other from its upgrade.
     assert done.code == 1, done
@@ -340,7 +340,7 @@ def test_a_copy_outlasts_cuts_of_either_machine(home: Home, remote: Remote, tmp_
             is_coming = download.state == "downloading" and download.source == "node far"
             return download.bytes_downloaded if is_coming and not download.retry_reason else 0
 
-        return until("bytes come", lambda: (found := look()) > least_bytes and found, 30)
+        return until("bytes come", lambda: (found := look()) > least_bytes and found)
 
     with Remote(tmp_path / "third") as third:
         third.prepare()
@@ -396,7 +396,7 @@ def test_a_removal_that_is_interrupted_leaves_a_node_that_works(home: Home, remo
     with home.start("nodes", "remove", "far") as removing:
         said(removing, "let us in")
         removing.kill()
-    until("it computes", lambda: home.run(*COUNT, "--node", "far").code == 0, 40)
+    until("it computes", lambda: home.run(*COUNT, "--node", "far").code == 0)
 
 
 def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
@@ -414,7 +414,7 @@ def test_an_upgrade_that_dies_with_its_orchestrator_drains_nothing_for_good(
     # The agent before runs, and fits the orchestrator before.
     assert home.run("down").code == 0
     assert home.run("up", "-q").code == 0
-    status_is(home, "far", "ready", 40)
+    status_is(home, "far", "ready")
 
 
 def test_what_a_machine_told_last_is_known_to_the_next_orchestrator(home: Home, remote: Remote) -> None:

@@ -16,11 +16,7 @@ from arriero.contracts.fence import FENCE_HEADER, Fence
 from arriero.runtime.state_dir import StateDir
 from arriero.testing.sshd import sshd_path
 
-pytestmark = [
-    # A machine comes up and down, on one that may be busy.
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed")
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def taken_over(remote: Remote) -> Iterator[None]:
     def events(fence: Fence) -> Any:
         headers = {"Authorization": f"Bearer {record['token']}", FENCE_HEADER: str(fence)}
         return urllib.request.urlopen(
-            urllib.request.Request(f"{record['url']}/v1/events", headers=headers), timeout=10
+            urllib.request.Request(f"{record['url']}/v1/events", headers=headers), timeout=60
         )
 
     with pytest.raises(urllib.error.HTTPError) as refused:

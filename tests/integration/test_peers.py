@@ -75,7 +75,7 @@ async def test_a_model_comes_from_the_agent_that_has_it(tmp_path: Path) -> None:
 def _status(agent: AgentProcess, method: str, path: str) -> int:
     """Return what an agent answers to who has the token that its neighbours get."""
     source = _source(agent)
-    connection = http.client.HTTPConnection(urlsplit(source.url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(source.url).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path, body=b"{}", headers={"Authorization": f"Bearer {source.token}"})
         return connection.getresponse().status
@@ -134,7 +134,7 @@ async def _copied(folder: Path, peer_back_s: float) -> AsyncGenerator[tuple[Kit,
     whole = write_llama(folder / "m.gguf")
     with whole.open("ab") as file:
         file.truncate(12_000_000)
-    limits = small_limits(stall_s=10.0, peer_back_s=peer_back_s, rate_bytes_per_s=4e6, progress_bytes=2**20)
+    limits = small_limits(peer_back_s=peer_back_s, rate_bytes_per_s=4e6, progress_bytes=2**20)
     with AgentProcess(folder / "one") as one:
         async with FaultServer(await in_thread(whole.read_bytes)) as server:
             ref = f"{server.url}/m.gguf"
@@ -190,7 +190,7 @@ async def _fetched(folder: Path, offer: PeerOffer, on_bytes: Callable[[], None] 
 
 @contextlib.asynccontextmanager
 async def _fetcher() -> AsyncGenerator[Fetcher, None]:
-    limits = small_limits(progress_bytes=2**40, stall_s=10.0).fetch
+    limits = small_limits(progress_bytes=2**40).fetch
     async with Http() as http:
         yield Fetcher(http.session(), SystemClock(), SeededEntropy(7), limits)
 
@@ -230,7 +230,7 @@ class _Watch:
 )
 async def test_a_peer_that_answers_nonsense_is_left_out_and_why_is_told(answer: Answer, why: str) -> None:
     silent: list[str] = []
-    async with FaultServer(b"x" * 100, [answer]) as server, Http() as http, asyncio.timeout(10):
+    async with FaultServer(b"x" * 100, [answer]) as server, Http() as http, asyncio.timeout(60):
         peers = [PeerSource(url=server.url, token="secret", node="old")]
         assert await offers(peers, "hf:o/r", [], http=http, timeout_s=0.5, on_silent=silent.append) == []
         assert server.requests[0].headers["Authorization"] == "Bearer secret"

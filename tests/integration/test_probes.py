@@ -25,7 +25,7 @@ def probe(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "ARRIERO_HOME": str(home), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "arriero", "probe", *arguments]
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=15, stdin=subprocess.DEVNULL
+        command, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
     )
 
 

@@ -25,7 +25,7 @@ def spawned() -> Iterator[list[subprocess.Popen[str]]]:
     yield started
     for process in started:
         processes.signal_group(process.pid, signal.SIGKILL)
-        process.wait(5)
+        process.wait(30)
         assert process.stdout is not None
         process.stdout.close()
 
@@ -58,7 +58,7 @@ def test_a_zombie_is_dead(spawned: list[subprocess.Popen[str]]) -> None:
     known = processes.identity(process.pid)
     assert known is not None
     process.kill()
-    assert processes.wait_gone(known, 5)
+    assert processes.wait_gone(known, 30)
     assert process.returncode is None, "nobody has waited for it yet: a zombie"
 
 
@@ -67,7 +67,7 @@ def test_ending_asks_first(spawned: list[subprocess.Popen[str]]) -> None:
     known = processes.identity(process.pid)
     assert known is not None
     assert processes.end(known, grace_s=5)
-    assert process.wait(5) == -signal.SIGTERM
+    assert process.wait(30) == -signal.SIGTERM
 
 
 def test_who_does_not_listen_is_killed_with_the_whole_group(spawned: list[subprocess.Popen[str]]) -> None:
@@ -77,8 +77,8 @@ def test_who_does_not_listen_is_killed_with_the_whole_group(spawned: list[subpro
     known = processes.identity(parent.pid)
     assert known is not None and child is not None
     assert not processes.end(known, grace_s=0.1)
-    assert parent.wait(5) == -signal.SIGKILL
-    assert processes.wait_gone(child, 5)
+    assert parent.wait(30) == -signal.SIGKILL
+    assert processes.wait_gone(child, 30)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_state_files_are_private_whole_and_known_stale(
     assert state.run_file("agent").stat().st_mode & 0o777 == 0o600
     assert state.home.stat().st_mode & 0o777 == 0o700
     process.kill()
-    assert processes.wait_gone(known, 5)
+    assert processes.wait_gone(known, 30)
     assert (state.running("agent"), state.recorded("agent")) == (None, record)
     state.run_file("agent").write_text('{"pid": 1')
     assert state.recorded("agent") is None

@@ -354,7 +354,7 @@ async def test_who_comes_in_the_moment_of_a_failure_begins_anew(tmp_path: Path) 
 
 async def test_a_cancelled_download_stops_and_is_gone_on_with_later(tmp_path: Path) -> None:
     answers = [Answer(stall_after=100_000), Answer()]
-    limits = small_limits(stall_s=60.0)
+    limits = small_limits()
     async with FaultServer(gguf(), answers) as server, kit_in(tmp_path, limits=limits) as kit:
         ref = f"{server.url}/m.gguf"
         download_id = kit.provisioner.start(ref).download_id
@@ -381,7 +381,7 @@ async def test_a_download_cancelled_before_its_first_step_is_cancelled(tmp_path:
 
 
 async def test_leaving_cancels_what_runs(tmp_path: Path) -> None:
-    limits = small_limits(stall_s=60.0)
+    limits = small_limits()
     async with FaultServer(gguf(), [Answer(is_mute=True)]) as server:
         async with kit_in(tmp_path, limits=limits) as kit:
             kit.provisioner.start(f"{server.url}/m.gguf")
@@ -401,7 +401,7 @@ async def test_an_unknown_download_is_not_found(tmp_path: Path) -> None:
 
 
 async def test_more_downloads_than_allowed_wait_their_turn(tmp_path: Path) -> None:
-    limits = dataclasses.replace(small_limits(stall_s=60.0), downloads_max=1)
+    limits = dataclasses.replace(small_limits(), downloads_max=1)
     async with (
         FaultServer(gguf(), [Answer(is_mute=True), Answer()]) as server,
         kit_in(tmp_path, limits=limits) as kit,

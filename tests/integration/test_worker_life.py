@@ -108,7 +108,7 @@ def test_a_spec_that_is_none_is_an_error(tmp_path: Path, line: bytes) -> None:
     import sys
 
     ended = subprocess.run(
-        [sys.executable, "-m", "arriero", "worker"], input=line, capture_output=True, timeout=15
+        [sys.executable, "-m", "arriero", "worker"], input=line, capture_output=True, timeout=60
     )
     assert ended.returncode == 1
     assert b"INVALID_REQUEST" in ended.stderr
@@ -361,14 +361,14 @@ async def test_a_worker_killed_takes_its_engine_with_it(starter: HandStarter, tm
     (engine,) = worker.children()
     worker.signal(signal.SIGKILL)
     assert await exit_code(worker) == -signal.SIGKILL
-    assert await asyncio.to_thread(processes.wait_gone, engine, 5.0)
+    assert await asyncio.to_thread(processes.wait_gone, engine, 30.0)
 
 
 # --- lease -----------------------------------------------------------------------------------
 
 
 def test_a_worker_without_its_agent_drains_and_ends(starter: HandStarter) -> None:
-    worker = starter.start(callback_url=starter.callbacks().url, lease_s=1.0)
+    worker = starter.start(callback_url=starter.callbacks().url, lease_s=5.0)
     assert worker.wait_exit() == 0
     assert worker.states() == ["loading", "idle", "draining", "stopped"]
     assert len(worker.logged("lease_over")) == 1
@@ -382,15 +382,15 @@ def test_a_worker_started_by_hand_has_no_lease(starter: HandStarter) -> None:
 
 
 async def test_polls_and_the_state_stream_keep_the_lease(starter: HandStarter) -> None:
-    worker = starter.start(callback_url=starter.callbacks().url, lease_s=1.5)
+    worker = starter.start(callback_url=starter.callbacks().url, lease_s=5.0)
     async with peer_of(worker) as peer:
         beats = 0
         headers = {"X-Arriero-Lease": "1:1"}
         async for _ in peer.events(
             "/v1/state", headers=headers
-        ):  # A beat a second, twice as long as the lease.
+        ):  # A beat a second, for longer than the lease.
             beats += 1
-            if beats == 4:
+            if beats == 7:
                 break
         assert worker.states() == ["loading", "idle"]
         await peer.call("GET", "/v1/health", headers=headers)

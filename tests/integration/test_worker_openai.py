@@ -50,7 +50,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HandWorker]:
 @pytest.fixture
 def client(worker: HandWorker) -> Iterator[openai.OpenAI]:
     with (
-        openai.DefaultHttpxClient(trust_env=False, timeout=15) as http_client,
+        openai.DefaultHttpxClient(trust_env=False, timeout=60) as http_client,
         openai.OpenAI(
             base_url=f"{worker.url}/v1", api_key=worker.token, max_retries=0, http_client=http_client
         ) as found,
@@ -60,7 +60,7 @@ def client(worker: HandWorker) -> Iterator[openai.OpenAI]:
 
 def raw_stream(worker: HandWorker, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the chunks of a stream, having checked that each has an id line and that [DONE] is last."""
-    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=15)
+    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=60)
     try:
         connection.request("POST", path, json.dumps({**body, "stream": True}), worker.headers)
         text = connection.getresponse().read().decode()
@@ -301,7 +301,7 @@ def test_errors_become_the_sdks_exceptions(client: openai.OpenAI, worker: HandWo
 
 
 def _post(worker: HandWorker, path: str, body: dict[str, Any]) -> str:
-    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=15)
+    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=60)
     try:
         connection.request("POST", path, json.dumps(body), worker.headers)
         return connection.getresponse().read().decode()

@@ -32,7 +32,7 @@ def ask(
     worker: HandWorker, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers (lower case) and content."""
-    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=15)
+    connection = http.client.HTTPConnection(worker.url.removeprefix("http://"), timeout=60)
     try:
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         connection.request(method, path, content, {**worker.headers, **(headers or {})})

@@ -54,7 +54,7 @@ async def states(peer: Peer) -> AsyncGenerator[WorkerHealth, None]:
 
 async def until_free(peer: Peer) -> WorkerHealth:
     """Return the health once no slot computes and nobody waits: the slot came back, it did not run out."""
-    async with asyncio.timeout(10), contextlib.aclosing(states(peer)) as seen:
+    async with asyncio.timeout(60), contextlib.aclosing(states(peer)) as seen:
         async for now in seen:
             if not now.slots_busy and not now.queued:
                 return now

@@ -20,7 +20,7 @@ from arriero.runtime.state_dir import StateDir
 T = TypeVar("T")
 
 
-def until(what: str, look: Callable[[], T | None], timeout_s: float = 15.0) -> T:
+def until(what: str, look: Callable[[], T | None], timeout_s: float = 90.0) -> T:
     """Return the first answer of `look` that is not None, False or empty."""
     deadline = time.monotonic() + timeout_s
     while not (found := look()):
@@ -62,7 +62,7 @@ class Home:
             # The last resort of a test that failed half-way; one that passed has nothing left for it.
             for process in self.processes():
                 process.kill()
-            psutil.wait_procs(self.processes(), 5)
+            psutil.wait_procs(self.processes(), 60)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -103,7 +103,7 @@ class Home:
         known = processes.identity(pid)
         assert known is not None
         os.kill(pid, signal.SIGKILL)
-        assert processes.wait_gone(known, 10)
+        assert processes.wait_gone(known, 60)
 
     def processes(self) -> list[psutil.Process]:
         """Return every process that has this state folder, or its sockets, in its environment."""
@@ -120,7 +120,7 @@ class Home:
 
     def assert_clean(self) -> None:
         """Fail if a process, a socket or a run file is left."""
-        until("all processes have ended", lambda: not self.processes(), 5)
+        until("all processes have ended", lambda: not self.processes(), 60)
         run_files = [
             path.name for path in self.state.run.rglob("*") if path.is_file() and path.suffix != ".lock"
         ]

@@ -87,7 +87,7 @@ class Remote:
             # What a test that failed left; keepers first, or they would start agents anew.
             for process in sorted(self.processes(), key=lambda p: "keep-agent" not in p.cmdline()):
                 process.kill()
-            psutil.wait_procs(self.processes(), 5)
+            psutil.wait_procs(self.processes(), 60)
         finally:
             self.server.__exit__(*exc)
 
@@ -145,4 +145,4 @@ class Remote:
 
     def assert_quiet(self) -> None:
         """Fail if anything still runs there."""
-        until("all processes there have ended", lambda: not self.processes(), 8)
+        until("all processes there have ended", lambda: not self.processes(), 60)

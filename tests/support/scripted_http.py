@@ -89,9 +89,9 @@ class ScriptedServer:
 
     def __exit__(self, *exc: object) -> None:
         self._stopping.set()
-        self._accepting.join(10)
+        self._accepting.join(60)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         self._listener.close()
 
     @property

@@ -59,7 +59,7 @@ def orchestrator(pool: Pool, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """Run an orchestrator that has reached the other machine."""
     daemon = pool.begin("orchestrator", *flags)
     try:
-        eventually("the other machine is there", lambda: status(pool) is NodeState.READY, 20)
+        eventually("the other machine is there", lambda: status(pool) is NodeState.READY)
         yield daemon
     finally:
         daemon.kill()

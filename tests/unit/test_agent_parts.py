@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import threading
 from contextlib import aclosing
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_only_the_newest_logs_of_ended_workers_are_kept(tmp_path: Path) -> None:
 async def test_a_log_is_followed_over_a_rotation(tmp_path: Path) -> None:
     path, ended = tmp_path / "w-1.log", asyncio.Event()
     path.write_text("one\ntwo\n")
-    async with asyncio.timeout(10), aclosing(follow(path, ended, lines=1)) as blocks:
+    async with asyncio.timeout(60), aclosing(follow(path, ended, lines=1)) as blocks:
         assert await anext(blocks) == b"two\n"
         with path.open("a") as writer:
             writer.write("three\n")
@@ -100,7 +101,7 @@ def snapshot() -> AgentSnapshot:
 
 async def test_a_reader_gets_a_snapshot_then_every_change() -> None:
     feed = Feed(snapshot)
-    async with asyncio.timeout(10), aclosing(feed.read()) as events:
+    async with asyncio.timeout(60), aclosing(feed.read()) as events:
         assert isinstance(await anext(events), AgentSnapshot)
         for number in range(3):
             feed.publish(beat(number))
@@ -111,7 +112,7 @@ async def test_a_reader_gets_a_snapshot_then_every_change() -> None:
 
 async def test_a_slow_reader_gets_a_new_snapshot_instead_of_a_backlog() -> None:
     feed = Feed(snapshot)
-    async with asyncio.timeout(10), aclosing(feed.read()) as events:
+    async with asyncio.timeout(60), aclosing(feed.read()) as events:
         await anext(events)
         for number in range(QUEUE_MAX + 2):
             feed.publish(beat(number))
@@ -160,6 +161,34 @@ def test_a_workers_environment_has_no_secrets_of_the_agent() -> None:
 def test_a_worker_command_is_split_as_a_shell_would() -> None:
     assert worker_argv("/opt/x/python -m 'a b'") == ["/opt/x/python", "-m", "a b"]
     assert worker_argv("")[1:] == ["-m", "arriero", "worker"]
+
+
+class Hanging(Machine):
+    """One whose cards do not answer until they are let."""
+
+    looks = 0
+    let: threading.Event
+
+    def look(self) -> None:
+        """Take a look, for as long as it takes."""
+        self.looks += 1
+        assert self.let.wait(30)
+        super().look()
+
+
+async def test_a_card_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    made = Hanging(node="n", home=tmp_path, engines={}, builds=[], platform=this_platform())
+    made.let = threading.Event()
+    for _ in range(3):
+        await made.look_aside(within_s=0.01)
+    assert made.looks == 1, "each look that hangs takes a thread"
+    assert not made.capabilities().devices
+    made.let.set()
+    await made.look_aside()
+    assert made.looks == 1
+    assert [device.id for device in made.capabilities().devices] == ["cpu"]
+    await made.look_aside()
+    assert made.looks == 2
 
 
 def machine(tmp_path: Path) -> Machine:

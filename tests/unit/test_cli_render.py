@@ -64,9 +64,10 @@ def test_lengths_of_time(seconds: float, text: str) -> None:
     assert render.seconds_text(seconds) == text
 
 
-def test_an_error_has_its_code_its_log_and_its_advice() -> None:
+@pytest.mark.parametrize("name", ["log_tail", "last_lines"])
+def test_an_error_has_its_code_its_log_and_its_advice(name: str) -> None:
     tail = [f"line {number}" for number in range(30)]
-    lines = render.error_lines(ArrieroError(ErrorCode.WORKER_START_FAILED, "exit code 3", log_tail=tail))
+    lines = render.error_lines(ArrieroError(ErrorCode.WORKER_START_FAILED, "exit code 3", **{name: tail}))
     assert lines[0] == "error: WORKER_START_FAILED: exit code 3"
     assert lines[1:-1] == [f"  | line {number}" for number in range(20, 30)]
     assert lines[-1] == "  hint: The details carry its exit code and last log lines."

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from arriero.contracts.records import DeviceRecord
-from arriero.engines.llamacpp_backends import EngineDevice, ask, engine_devices, read_devices
+from arriero.engines.llamacpp_backends import (
+    EngineDevice,
+    ask,
+    engine_devices,
+    missing_library,
+    read_devices,
+)
 from arriero.runtime import devices
 from arriero.runtime.devices import Memory, metal, nvidia
 
@@ -174,6 +180,12 @@ def test_an_engine_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
     ):
         package.write_text(code)
         assert problem in ask(tmp_path).problem
+
+
+def test_a_library_that_the_system_does_not_find_is_told() -> None:
+    assert missing_library(()) == ""
+    told = missing_library(("no-such-library.so.12",))
+    assert "no-such-library.so.12: cannot open shared object file" in told
 
 
 def test_the_engines_names_are_read() -> None:

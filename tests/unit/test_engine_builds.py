@@ -21,6 +21,7 @@ from arriero.domain.engine_builds import (
     backends_of,
     build_for,
     driver_branch,
+    needed_libraries,
     unused_accelerator,
     wanted_build,
 )
@@ -93,6 +94,9 @@ def test_the_name_of_a_build_tells_its_backend() -> None:
         name: backend_of(name) for name in ("cpu", "metal", "cu128", "cu132", "rocm-7.2.4", "vulkan", "x")
     }
     assert list(named.values()) == ["cpu", "metal", "cuda", "cuda", "rocm", "vulkan", ""]
+    assert needed_libraries("cu128") == ("libcudart.so.12", "libcublas.so.12")
+    assert needed_libraries("cu132") == ("libcudart.so.13", "libcublas.so.13")
+    assert [name for name in named if needed_libraries(name)] == ["cu128", "cu132"]
 
 
 BUILDS = st.lists(

@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.test_placement_nodes import node
@@ -224,9 +225,7 @@ def test_memory_is_not_given_away_twice_and_a_beat_settles_what_its_agent_knew()
     assert ledger.of("a") == {"cpu": 2500, "cuda:0": 100}
     ledger.beat("a")
     assert ledger.of("a") == {"cpu": 4000, "cuda:0": 100}, "what came free is told, what is reserved is not"
-    taken.beats_left = 2
-    ledger.beat("a")
-    assert ledger.of("a")["cpu"] == 4000, "this beat may have been on its way already"
+    ledger.made(taken, "w-1", is_told=True)
     ledger.beat("a")
     assert ledger.of("a") == {"cuda:0": 100}
     ledger.cancel(taken)
@@ -234,6 +233,30 @@ def test_memory_is_not_given_away_twice_and_a_beat_settles_what_its_agent_knew()
         ledger.cancel(movement)
         ledger.cancel(movement)
     assert ledger.is_empty("a") and ledger.of("b") == {}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(("told", "answer", "beat"), id="the answer comes last"),
+        pytest.param(("answer", "told", "beat"), id="the answer is quicker"),
+        pytest.param(("answer", "beat", "told", "beat"), id="a beat was on its way"),
+        pytest.param(("answer", "beat", "beat"), id="nobody tells"),
+    ],
+)
+def test_the_first_beat_after_an_agent_told_of_a_worker_counts_it(order: tuple[str, ...]) -> None:
+    ledger = Ledger()
+    taken = ledger.take("a", "cpu", 4000)
+    for number, word in enumerate(order):
+        assert ledger.of("a") == {"cpu": 4000}, order[:number]
+        if word == "answer":
+            ledger.made(taken, "w-1", is_told="told" in order[:number])
+        elif word == "beat":
+            ledger.told("a", "w-2")
+            ledger.beat("a")
+        else:
+            ledger.told("a", "w-1")
+    assert ledger.is_empty("a")
 
 
 def test_a_speed_is_a_mean_that_forgets() -> None:

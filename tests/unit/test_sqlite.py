@@ -159,7 +159,7 @@ async def test_a_cancelled_caller_leaves_a_whole_transaction(tmp_path: Path) -> 
     def slow(connection: sqlite3.Connection) -> None:
         connection.execute("INSERT INTO things VALUES ('llama', 1)")
         is_inside.set()
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(60)
         connection.execute("INSERT INTO things VALUES ('mule', 1)")
 
     async with asyncio.TaskGroup() as group:

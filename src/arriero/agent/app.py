@@ -55,8 +55,8 @@ from arriero.runtime.settings import Settings
 from arriero.runtime.state_dir import StateDir
 
 BEAT_S = 1.0
-#: Beats between two looks at the devices: asking a driver may take a second.
-DEVICES_BEATS = 10
+#: Between two looks at the devices: asking a driver may take seconds.
+LOOK_EVERY_S = 10.0
 TIDY_S = 2.0
 #: An agent that begins with what the one before knew has been found by those who miss it by then.
 ASK_ENGINES_AFTER_S = 3.0
@@ -232,6 +232,7 @@ class _Agent:
             await self._news.look()
             tasks = [
                 self._group.create_task(self._beat(), name="beat"),
+                self._group.create_task(self._look(), name="look"),
                 self._group.create_task(self._news.run(), name="catalog-news"),
                 self._group.create_task(self._tidy(), name="tidy"),
                 self._group.create_task(self._catalog.recheck(), name="catalog-recheck"),
@@ -306,14 +307,10 @@ class _Agent:
         self._http_stop.set()
 
     async def _beat(self) -> None:
-        beats = 0
         while True:
             await self._clock.sleep_s(BEAT_S)
             if not self._feed.readers:
                 continue
-            beats += 1
-            if beats % DEVICES_BEATS == 0:
-                await self._machine.look_aside()
             resources = await asyncio.to_thread(self._machine.resources)
             self._feed.publish(
                 AgentBeat(
@@ -324,6 +321,13 @@ class _Agent:
                     promised_mb=self._supervisor.promises().by_device(),
                 )
             )
+
+    async def _look(self) -> None:
+        """Look at the devices now and then: however long a card takes, the beats go on."""
+        while True:
+            await self._clock.sleep_s(LOOK_EVERY_S)
+            if self._feed.readers:
+                await self._machine.look_aside()
 
     async def _ask_engines(self) -> None:
         await self._clock.sleep_s(ASK_ENGINES_AFTER_S)

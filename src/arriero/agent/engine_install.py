@@ -22,7 +22,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.records import EngineBuild
 from arriero.contracts.requests import EngineInstallBody
 from arriero.domain import engine_builds as choice
-from arriero.engines.llamacpp_backends import ask
+from arriero.engines.llamacpp_backends import ask, missing_library
 from arriero.runtime import logs, state_dir
 from arriero.runtime.clock import Clock
 from arriero.runtime.settings import Settings
@@ -166,7 +166,24 @@ class EngineInstaller:
         is_suitable = name == self._machine.wanted_build().name
         if self._settings.engine_wheel and is_suitable and body.index_url is None:
             return await asyncio.to_thread(self._copied, Path(self._settings.engine_wheel), scratch, tell)
+        if body.build is None and body.index_url is None:
+            await self._check_libraries(name)
         return await self._fetch(name, body.index_url or self._settings.engine_index_url, scratch, tell)
+
+    async def _check_libraries(self, name: str) -> None:
+        """Know that a build's libraries are there, before some hundred megabytes come for nothing.
+
+        A build that is named, or of an index that is named, is tried: it may bring them along.
+        """
+        problem = await asyncio.to_thread(missing_library, choice.needed_libraries(name))
+        if problem:
+            fail(
+                ErrorCode.INSTALL_FAILED,
+                f"the build {name} could not be loaded: {problem}",
+                build=name,
+                reason=problem,
+                suggested_action=_what_to_do(problem),
+            )
 
     def _copied(self, given: Path, scratch: Path, tell: Tell) -> Path:
         source = given.expanduser()

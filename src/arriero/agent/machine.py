@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from arriero.agent import engine_builds, engine_memory
 from arriero.agent.engine_builds import FoundBuild
@@ -17,6 +18,9 @@ from arriero.engines import registry
 from arriero.engines.llamacpp_backends import EngineDevice
 from arriero.runtime import devices, logs, processes
 from arriero.runtime.devices import MIB, DeviceReport
+
+#: The driver of an idle card may take seconds to wake, that of a broken one never does.
+LOOK_LIMIT_S: Final = 10.0
 
 
 class Machine:
@@ -43,6 +47,7 @@ class Machine:
         self._cpu_name = devices.cpu_name()
         self._machine_id = processes.machine_id()
         self._report = DeviceReport()
+        self._looking: asyncio.Future[None] | None = None
         self._log = logs.get("arriero.agent.machine")
 
     def look(self) -> None:
@@ -53,9 +58,20 @@ class Machine:
         found = shown_devices(self._engine_devices(), report.devices, is_cpu_chosen=self._is_cpu_chosen)
         self._report = DeviceReport(found, report.problems)
 
-    async def look_aside(self) -> None:
-        """Read the devices anew without blocking the loop."""
-        await asyncio.to_thread(self.look)
+    async def look_aside(self, *, within_s: float = LOOK_LIMIT_S) -> None:
+        """Read the devices anew without blocking the loop; what takes longer is known with a later look.
+
+        Whoever comes meanwhile waits for the look that is under way: a broken card has one thread wait.
+        """
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().run_in_executor(None, self.look)
+            self._looking.add_done_callback(self._looked)
+        await asyncio.wait({self._looking}, timeout=within_s)
+
+    def _looked(self, look: asyncio.Future[None]) -> None:
+        self._looking = None
+        if not look.cancelled() and look.exception() is not None:
+            self._log.error("devices_not_read", exc_info=look.exception())
 
     def take(self, builds: Sequence[FoundBuild]) -> bool:
         """Compute with these builds from now on; what is loaded goes on with the one it has.

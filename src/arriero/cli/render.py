@@ -88,7 +88,7 @@ def error(failure: ArrieroError, *, as_json: bool = False) -> None:
 def error_lines(failure: ArrieroError) -> list[str]:
     """Return a failure in words: what, the last lines of a log where there are some, what to do."""
     lines = [f"error: {failure.code}: {failure.message}"]
-    tail = failure.details.get("log_tail")
+    tail = failure.details.get("log_tail") or failure.details.get("last_lines")
     if isinstance(tail, list):
         lines += [f"  | {line}" for line in tail[-LOG_LINES_SHOWN:]]
     return [*lines, f"  hint: {failure.advice}"]

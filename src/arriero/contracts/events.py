@@ -5,7 +5,7 @@ token stream has no tags on the wire (see `TokenFrame` and its siblings): a fram
 fields, as clients expect that read it with `EventSource`.
 """
 
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -168,11 +168,15 @@ AgentEvent: TypeAlias = AgentSnapshot | WorkerChanged | DownloadChanged | Models
 # --- POST /v1/nodes, /v1/nodes/{name}:upgrade, … of the orchestrator --------------------------
 
 
+#: The step after which a machine that is being added stays, whatever happens.
+JOINED: Final = "joined"
+
+
 class NodeStep(msgspec.Struct, frozen=True, kw_only=True, tag="step", omit_defaults=True):
     """One step of adding, upgrading or removing a node: a sentence, told when it begins or has ended."""
 
     #: key, connect, host_key, login, command, system, python, disk, gpu, clock, latency, package, install,
-    #: engine, agent, health, drain, stop, clean, rollback…
+    #: agent, health, joined, engine, drain, stop, clean, rollback…
     step: str
     message: str
     #: Who tells it: the node's name, or "orchestrator".

@@ -401,12 +401,14 @@ class NodeList(msgspec.Struct, frozen=True):
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was looked at on a machine."""
 
-    #: command, system, python, disk, gpu, clock, latency; environment, agent, keeper.
+    #: command, system, python, disk, gpu, clock, latency; environment, agent, keeper; pool, engine, memory.
     name: str
     is_ok: bool
     message: str
     #: Error code of what is wrong; None where all is well.
     code: str | None = None
+    #: What to do; empty where all is well, and where the message says it.
+    advice: str = ""
 
 
 class FindingList(msgspec.Struct, frozen=True):

@@ -210,6 +210,11 @@ class NodeUpdateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     #: Empty: it cannot be woken any more.
     mac: Annotated[str, msgspec.Meta(pattern=r"\A(([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2})?\Z")] | None = None
 
+    @property
+    def connects_anew(self) -> bool:
+        """Whether it changes how the machine is reached."""
+        return any(each is not None for each in (self.ssh, self.key_path, self.accept_host_key))
+
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent hands a worker on stdin, one JSON line.  The tokens are secret."""

@@ -4,6 +4,7 @@ The engine is published as one package in several builds: one for processors (wi
 chips), and one for each version of an accelerator's toolkit, each in an index of its own.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +20,9 @@ METAL: Final = "metal"
 CUDA_BUILDS: Final = (("cu132", "13.2", 595), ("cu128", "12.8", 570))
 #: The CUDA builds are made on a system with this C library.
 CUDA_GLIBC_LEAST: Final = (2, 35)
+#: What they are linked to and do not bring along; the number is that of CUDA's major version.
+_CUDA_LIBRARIES: Final = ("libcudart.so", "libcublas.so")
+_CUDA_NAME: Final = re.compile(r"cu([0-9]{2})[0-9]")
 _CUDA_ARCHES: Final = ("x86_64", "aarch64")
 #: What a build's name begins with, and the backend that it brings.
 _BACKENDS: Final = (
@@ -109,6 +113,12 @@ def driver_branch(version: str) -> int | None:
 def backend_of(build: str) -> str:
     """Return the backend that a build brings by its name; empty for a name that tells none."""
     return next((backend for start, backend in _BACKENDS if build.startswith(start)), "")
+
+
+def needed_libraries(build: str) -> tuple[str, ...]:
+    """Return the libraries that a build cannot be loaded without, as the system's linker names them."""
+    cuda = _CUDA_NAME.fullmatch(build)
+    return tuple(f"{library}.{cuda[1]}" for library in _CUDA_LIBRARIES) if cuda is not None else ()
 
 
 def build_for(backend: str, builds: Iterable[BuildView], wanted: str) -> BuildView | None:

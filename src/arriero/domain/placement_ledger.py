@@ -16,6 +16,8 @@ class Movement:
     memory_mb: int
     #: Beats until its agent counts it; None while its agent does not know of it.
     beats_left: int | None = None
+    #: The worker that it was taken for, once there is one.
+    worker_id: str = ""
 
 
 class Ledger:
@@ -42,6 +44,21 @@ class Ledger:
             here.remove(movement)
         if not here:
             self._movements.pop(movement.node, None)
+
+    def made(self, movement: Movement, worker_id: str, *, is_told: bool) -> None:
+        """Note which worker was made; `is_told`: its agent told of it already.
+
+        What an agent tells comes in order: a beat after its first word of a worker counts what that takes,
+        one before it was on its way already.
+        """
+        movement.worker_id = worker_id
+        movement.beats_left = 1 if is_told else 2
+
+    def told(self, node: str, worker_id: str) -> None:
+        """Take note that an agent told of a worker: the next beat counts it."""
+        for movement in self._movements.get(node, []):
+            if movement.worker_id == worker_id:
+                movement.beats_left = 1
 
     def beat(self, node: str) -> None:
         """Take note that a node told what is free: what its agent knew of is in that."""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,6 +38,8 @@ _ASK: Final = (
     "print(json.dumps([[d['name'], d['description'], d['memory_total'], d['memory_free']]"
     " for d in xllamacpp.get_device_info()]))"
 )
+_NOT_FOUND: Final = "cannot open shared object file"
+_LOAD: Final = "import ctypes, sys\nfor name in sys.argv[1:]: ctypes.CDLL(name)"
 _REASON_CHARS_MAX: Final = 300
 
 
@@ -84,6 +87,22 @@ def ask(folder: Path | None = None, *, python: str = sys.executable) -> EngineAn
         return EngineAnswer(problem=_reason(done))
     found = read_devices(done.stdout)
     return EngineAnswer(found, "" if found else "tells of no device")
+
+
+def missing_library(names: Sequence[str]) -> str:
+    """Return what the system says of the first of these libraries that it does not find; empty if of none.
+
+    In a process of its own, as a build is loaded: what is loaded stays.  Blocks up to 30 s.
+    """
+    argv = [sys.executable, "-I", "-c", _LOAD, *names]
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=ASK_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    reason = _reason(done) if done.returncode else ""
+    return reason if _NOT_FOUND in reason else ""
 
 
 def _reason(done: "subprocess.CompletedProcess[bytes]") -> str:

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import asyncssh
+from asyncssh.packet import SSHPacket
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import NodeAddress
 from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
 from arriero.fabrics.ssh_key_first import show_key_first
+from arriero.fabrics.ssh_way import (
+    NO_KNOWN_HOSTS,
+    configured,
+    connect_over,
+    known_hosts_of,
+    open_way,
+)
 from arriero.runtime.entropy import Entropy
 
-KEEPALIVE_EVERY_S: Final = 1.0
-#: Asked and not answered so often, the connection is given up when the next one is due: after 3 s.
-KEEPALIVES_UNANSWERED_MAX: Final = 2
-SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
 #: Kinds of host keys and the algorithms they sign with, the first ones preferred, as OpenSSH does.
 KINDS: Final[dict[str, tuple[str, ...]]] = {
     "ssh-ed25519": ("ssh-ed25519",),
@@ -27,8 +31,6 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
     "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
     "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
 }
-#: Instead of an empty list, which would stand for ~/.ssh/known_hosts.
-_NO_KNOWN_HOSTS: Final[Any] = ([], [], [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Presented:
     host: str
     ip_address: str
     port: int
+    #: Algorithms of all the host keys that the machine has.
+    offered: Sequence[str]
 
     @property
     def fingerprint(self) -> str:
@@ -80,12 +84,23 @@ class _Client(asyncssh.SSHClient):
         """Return whether the key is the pinned one."""
         if self._pinned is not None and key.get_fingerprint() == self._pinned:
             return True
-        self.presented = Presented(key, host, addr, port)
+        assert self._connection is not None
+        self.presented = Presented(key, host, addr, port, _offered(self._connection))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell why the connection is gone."""
         self._gone.tell("closed" if exc is None else reason_of(exc))
+
+
+def _offered(connection: asyncssh.SSHClientConnection) -> Sequence[str]:
+    # Both versions and both sides' lists, as they are signed; in the last one, after 17 bytes, the names
+    # of key exchanges come before those of host keys (RFC 4253, 7.1).
+    said = SSHPacket(connection.get_hash_prefix())
+    *_, theirs = (said.get_string() for _ in range(4))
+    lists = SSHPacket(theirs[17:])
+    lists.get_namelist()
+    return [name.decode("ascii", "replace") for name in lists.get_namelist()]
 
 
 async def log_in(
@@ -111,12 +126,11 @@ class _Trust:
 
     def __init__(self, address: NodeAddress) -> None:
         self.pinned = address.host_key
-        self.known_hosts: Any = _NO_KNOWN_HOSTS
+        self.known_hosts: Any = NO_KNOWN_HOSTS
         self._preferred: list[str] = []
         if self.pinned is None:
-            # Told so: unlike connecting, this reads the user's configuration only when it is asked to.
-            options = asyncssh.SSHClientConnectionOptions(config=(), **_target(address), client_keys=None)
-            self.known_hosts = _known_hosts(options.known_hosts)
+            options = configured(address)
+            self.known_hosts = known_hosts_of(options)
             keys, authorities = self._match(options.host_key_alias or options.host, "", options.port)
             certificates = [f"{name}-cert-v01@openssh.com" for kind in KINDS for name in KINDS[kind]]
             self._preferred = [*(certificates if authorities else []), *_algorithms(keys)]
@@ -126,9 +140,10 @@ class _Trust:
         return list(dict.fromkeys([*self._preferred, *_algorithms(list(KINDS))]))
 
     def expected(self, presented: Presented, tried: Sequence[str]) -> list[str]:
-        """Return, blocking, what else the machine may show that would be trusted."""
+        """Return, blocking, what else the machine can show that may be trusted."""
         kinds = list(KINDS) if self.pinned is not None else self.known_kinds(presented)
-        return _algorithms([kind for kind in kinds if kind not in tried])
+        others = _algorithms([kind for kind in kinds if kind not in tried])
+        return [name for name in others if name in presented.offered]
 
     def known_kinds(self, presented: Presented) -> list[str]:
         """Return, blocking, the kinds of keys that known_hosts has for the machine that showed one."""
@@ -155,11 +170,6 @@ async def _trusted(address: NodeAddress, trust: _Trust) -> "_LoggedIn":
             if not algorithms:
                 is_changed = trust.pinned is not None or bool(trust.known_kinds(first))
                 raise _unknown(address, first, is_changed=is_changed) from error
-        except (asyncssh.DisconnectError, OSError) as error:
-            # It has none of those: it says so, or hangs up.
-            if first is None:
-                raise
-            raise _unknown(address, first, is_changed=True) from error
 
 
 def _algorithms(kinds: Sequence[str]) -> list[str]:
@@ -182,14 +192,13 @@ async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) 
     gone = Gone()
     client = _Client(address, gone)
     try:
-        connection = await asyncssh.connect(
-            **_target(address),
+        connection = await connect_over(
+            await open_way(address),
+            address,
             client_keys=_keys(address),
             client_factory=lambda: client,
             known_hosts=trust.known_hosts,
             server_host_key_algs=list(algorithms),
-            keepalive_interval=KEEPALIVE_EVERY_S,
-            keepalive_count_max=KEEPALIVES_UNANSWERED_MAX,
             # What the user's configuration may send along, or open, is for the user's own sessions.
             command=None,
             env={},
@@ -205,30 +214,9 @@ async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) 
     return connection, gone
 
 
-def _target(address: NodeAddress) -> dict[str, Any]:
-    # What is left out is looked up in ~/.ssh/config.
-    target: dict[str, Any] = {"host": address.host}
-    if address.port is not None:
-        target["port"] = address.port
-    if address.user is not None:
-        target["username"] = address.user
-    return target
-
-
 def _keys(address: NodeAddress) -> Any:
     # Nothing stands for those of ~/.ssh/config, else of ~/.ssh; the agent's are tried before any.
     return () if address.key_path is None else [str(Path(address.key_path).expanduser())]
-
-
-def _known_hosts(named: Any) -> Any:
-    """Return, blocking, those of the files of known hosts that are there.
-
-    None would switch the check off for asyncssh; here it means that no host is known.
-    """
-    if named is None:
-        return _NO_KNOWN_HOSTS
-    paths = [Path(str(name)).expanduser() for name in named or ["~/.ssh/known_hosts"]]
-    return [str(path) for path in [*paths, SYSTEM_KNOWN_HOSTS] if path.is_file()] or _NO_KNOWN_HOSTS
 
 
 # --- What a person is told -----------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail, from_body
-from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.events import JOINED, NodeDone, NodeStep
 from arriero.contracts.records import Capabilities
 from arriero.contracts.requests import NodeAddBody
 from arriero.contracts.states import NodeState
@@ -84,7 +84,9 @@ class Underway:
         return len(self._names)
 
     @contextlib.asynccontextmanager
-    async def only(self, name: str, what: str, tell: Tell) -> AsyncIterator[None]:
+    async def only(
+        self, name: str, what: str, tell: Tell, *, patience_s: float = ROLLBACK_TIMEOUT_S
+    ) -> AsyncIterator[None]:
         """Hold a node for one piece of work, once the one before has ended.
 
         Raises INVALID_REQUEST if that takes too long: what was interrupted is being taken back, at most.
@@ -93,14 +95,14 @@ class Underway:
             message = f"{name} is being {self._names[name]}: waits for the end of that"
             tell(NodeStep(step="wait", message=message))
         try:
-            async with asyncio.timeout(ROLLBACK_TIMEOUT_S):
+            async with asyncio.timeout(patience_s):
                 while name in self._names:
                     await self._changed.wait()
         except TimeoutError as error:
             raise ArrieroError(
                 ErrorCode.INVALID_REQUEST,
                 f"{name} is being {self._names.get(name, 'changed')} already, for more than "
-                f"{ROLLBACK_TIMEOUT_S:g} s by now",
+                f"{patience_s:g} s by now",
                 node=name,
                 suggested_action="give the same command again once that has ended",
             ) from error
@@ -202,6 +204,8 @@ class Adding:
                         await self._machines.stop(connection, survey.install_path, tell)
                     await self._machines.start(connection, survey.install_path, entry.name, tell)
                     node = await self._joined(entry, connection, tell)
+                # From here on nothing is taken back.
+                tell(NodeStep(step=JOINED, message=f"{entry.name} has joined", actor=entry.name))
                 await fit_engine(node, tell)
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 

@@ -35,7 +35,9 @@ async def fit_engine(node: Node, tell: Tell) -> None:
         tell(NodeStep(step="engine", message=message, actor=node.name))
         await _install(node, tell)
     except ArrieroError as error:
-        message = f"its engine was not installed: {error.message}; later: `{install_command(node.name)}`"
+        message = f"its engine was not installed: {error.message}"
+        tell(NodeStep(step="engine", message=message, actor=node.name))
+        message = f"{error.advice} The command is `{install_command(node.name)}`."
         tell(NodeStep(step="engine", message=message, actor=node.name))
     else:
         tell(NodeStep(step="engine", message=f"has the build {found.wanted} now", actor=node.name))

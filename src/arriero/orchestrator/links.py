@@ -45,8 +45,6 @@ _LASTING: Final = frozenset(
 )
 #: The agent that was known is not there, or another answers at its port: its run file tells which.
 _AGENT_GONE: Final = frozenset({ErrorCode.NOT_RUNNING, ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
-#: It is not the node that fails, but we.
-_OUR_OWN: Final = frozenset({ErrorCode.INTERNAL_ERROR, ErrorCode.STATE_DIR_UNUSABLE})
 LASTING_RETRY_S: Final = 5.0
 #: The share of `node_timeout_s` after which a silent node is missed.  The silence begins with the last
 #: beat, which may have come right before the cut, and its news has to reach whoever asks: so the whole of
@@ -95,7 +93,6 @@ class NodeLink:
         self._clock = clock
         self._entropy = entropy
         self._attention = attention
-        self._node_timeout_s = node_timeout_s
         self._missed_s = MISSED_SHARE * node_timeout_s
         self._first_s = max(connect_timeout_s, self._missed_s)
         self._name = name
@@ -126,17 +123,20 @@ class NodeLink:
         try:
             while True:
                 started_s = self._listened_s()
+                is_our_own = False
                 try:
                     await self._hold_once()
                     error = ArrieroError(ErrorCode.NODE_UNREACHABLE, "the agent ended its events")
                 except ArrieroError as caught:
                     error = caught
+                    is_our_own = error.code is ErrorCode.STATE_DIR_UNUSABLE
                 except Exception as caught:  # noqa: BLE001  The edge: other nodes' links go on.
+                    is_our_own = True
                     error = ArrieroError(ErrorCode.INTERNAL_ERROR, f"its link failed: {caught!r}")
                     if error.message != told:
                         self._log.exception("link failed", node=self._name)
-                if error.code in _OUR_OWN:
-                    # Whatever is wrong with this line, the next one is made from the beginning.
+                if is_our_own:
+                    # It is not the node that fails: whatever is wrong here, the next line is made anew.
                     await self._reach.drop()
                 if error.code is ErrorCode.NOT_RUNNING and self._name is None:
                     # Nobody ever said that this machine has one.
@@ -267,6 +267,8 @@ class NodeLink:
             raise self._unfit(has)
         for worker in snapshot.workers:
             await self._lead(line, worker)
+        # From now on, and not after the answer to the question below: else it is missed for the time before.
+        self._last_heard_s = self._listened_s()
         node = self._registry.joined(snapshot, line, record, name=self._name)
         if self._node is not None and self._node is not node:
             why = ArrieroError(ErrorCode.NODE_UNREACHABLE, f"its agent is called {node.name} now")
@@ -277,7 +279,8 @@ class NodeLink:
         with contextlib.suppress(ArrieroError):
             started_s = self._clock.monotonic_s()
             peer = line.peer(record.url, record.token)
-            await peer.call("GET", "/v1/health", timeout_s=self._node_timeout_s)
+            # Its beats wait meanwhile.
+            await peer.call("GET", "/v1/health", timeout_s=self._missed_s / 2)
             node.latency_ms = (self._clock.monotonic_s() - started_s) * 1000
         return node
 

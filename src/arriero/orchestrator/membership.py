@@ -121,7 +121,7 @@ class Membership:
                 # It may be we who have ended it.
                 return
             self._log.warning("its agent does not come back by itself", node=entry.name)
-            await self._machines.start(line.connection, entry.install_path, entry.name, _unheard)
+            await self._machines.start(line.connection, entry.install_path, entry.name, unheard)
 
         return revive
 
@@ -157,8 +157,9 @@ class Membership:
 
     async def forget(self, name: str) -> None:
         """Keep nothing of a machine.  Raises NODE_NOT_FOUND."""
-        await self.let_go(name)
         async with self._changing:
+            # Not before: a change that is under way holds it again at its end.
+            await self.let_go(name)
             await self._store.forget(name)
             self._registry.removed(name)
 
@@ -210,5 +211,5 @@ class Membership:
             return self._registry.changed_entry(entry)
 
 
-def _unheard(_: NodeStep) -> None:
+def unheard(_: NodeStep) -> None:
     """Tell nobody."""

@@ -357,6 +357,7 @@ class NodeRegistry:
             self._follow_wish(node)
         if isinstance(event, WorkerChanged):
             self.observe(_here(node.name, event.worker), event.worker_token)
+            self.views.told(node.name, event.worker.worker_id)
         elif isinstance(event, DownloadChanged):
             download = _on(node.name, event.download)
             node.downloads[download.download_id] = download

@@ -5,9 +5,10 @@ model meanwhile shares the one job.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 
@@ -20,8 +21,8 @@ from arriero.contracts.states import DownloadState, NodeState
 from arriero.domain.placement import Wants
 from arriero.orchestrator.neighbours import Neighbours
 from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.placing import Placing, Step, Ways
 from arriero.orchestrator.room import Found, RoomFinder
-from arriero.orchestrator.views import is_local
 from arriero.runtime import logs
 from arriero.runtime.clock import Clock
 from arriero.runtime.tasks import Changed
@@ -35,20 +36,8 @@ TELL_EVERY_S: Final = 0.25
 NODE_BACK_S: Final = 120.0
 BACK_PAUSE_S: Final = 0.5
 LEAVE_TIMEOUT_S: Final = 2.0
-#: With these another node may still succeed.
-_TRY_ELSEWHERE: Final = frozenset(
-    {
-        ErrorCode.INSUFFICIENT_RAM,
-        ErrorCode.INSUFFICIENT_VRAM,
-        ErrorCode.INSUFFICIENT_DISK,
-        ErrorCode.NODE_UNREACHABLE,
-        ErrorCode.WORKER_START_FAILED,
-        ErrorCode.BACKEND_UNAVAILABLE,
-    }
-)
-_TOO_BIG: Final = frozenset({ErrorCode.INSUFFICIENT_RAM, ErrorCode.INSUFFICIENT_VRAM})
-
-Step: TypeAlias = TaskPlacing | TaskDownloading
+#: A model is in its node's catalog a moment after its download ended.
+CATALOG_NEWS_S: Final = 2.0
 
 
 class DownloadStarted(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +69,8 @@ class Job:
         self.worker_id: str | None = None
         self.error: ArrieroError | None = None
         self.changed = Changed()
-        #: Requests that wait for it.
-        self.followers = 0
+        #: What the requests ask for that wait for it.
+        self.followers: list[Wants] = []
         self.is_downloading = False
         #: Waits for room, or for a machine to wake.
         self.is_waiting = False
@@ -91,6 +80,11 @@ class Job:
     def is_over(self) -> bool:
         """Whether there is a worker or an error."""
         return self.worker_id is not None or self.error is not None
+
+    @property
+    def may_end(self) -> bool:
+        """Whether nothing is begun yet that is worth finishing though nobody waits for it."""
+        return self.is_downloading or self.is_waiting
 
     def tell(self, step: Step) -> None:
         """Add a step, wake the followers."""
@@ -144,14 +138,14 @@ class ModelProvisioner:
             job.task = self._group.create_task(self._run(key, job), name=name)
         return job
 
-    def left(self, job: Job) -> None:
+    def left(self, job: Job, wants: Wants) -> None:
         """Take note that a request waits no more.
 
         A worker that is being started is finished for the next one; room that nobody waits for is not
         made, and a download is left: its agent ends it unless somebody else asked for it.
         """
-        job.followers -= 1
-        if not job.followers and (job.is_downloading or job.is_waiting) and job.task is not None:
+        job.followers.remove(wants)
+        if not job.followers and job.may_end and job.task is not None:
             self._forget(job)
             job.task.cancel()
 
@@ -187,11 +181,10 @@ class ModelProvisioner:
                     model_ref=body.model_ref,
                     node=found.node,
                 )
-            node = self._registry.reachable(found.node)
             await self.room.clear(found)
-            return await self._spawn_in(node, found, body)
+            return await self._spawn_in(found, body)
 
-        return await self._placed(wants, _unheard, find, start)
+        return await Placing(self._registry, self.room, wants, Ways(_unheard, find, start)).run()
 
     # --- A job ---------------------------------------------------------------------------
 
@@ -212,78 +205,34 @@ class ModelProvisioner:
                 del self._jobs[key]
 
     async def _provision(self, job: Job) -> WorkerRecord:
+        def is_served() -> bool:
+            best = self._registry.views.workers.best
+            return bool(job.followers) and all(best(each) is not None for each in job.followers)
+
         async def find(wants: Wants, learned_mb: int | None) -> Found:
             job.is_waiting = True
             try:
                 # Room that nobody waits for is not made.
-                may_wait = job.followers > 0
-                return await self.room.find(wants, job.tell, learned_mb=learned_mb, may_wait=may_wait)
+                may_wait = bool(job.followers)
+                return await self.room.find(
+                    wants, job.tell, learned_mb=learned_mb, may_wait=may_wait, is_served=is_served
+                )
             finally:
                 job.is_waiting = False
+
+        async def fetch(node_name: str) -> None:
+            node = self._registry.reachable(node_name)
+            await self._download(node, job)
+            await self._heard_of(node, job.wants.model_ref)
 
         async def start(found: Found) -> WorkerRecord:
             return await self._provision_on(job, found)
 
-        return await self._placed(job.wants, job.tell, find, start)
-
-    async def _placed(
-        self,
-        wants: Wants,
-        tell: Callable[[Step], None],
-        find: Callable[[Wants, int | None], Awaitable[Found]],
-        start: Callable[[Found], Awaitable[WorkerRecord]],
-    ) -> WorkerRecord:
-        """Find a node and start the worker there, on another one if it refuses.  Raises why none took it."""
-        refused: dict[str, ArrieroError] = {}
-        learned: dict[str, int] = {}
-        told: ArrieroError | None = None
-        while True:
-            try:
-                open_wants = replace(wants, excluded=frozenset(refused))
-                found = await find(open_wants, max(learned.values(), default=None))
-            except ArrieroError:
-                if told is not None:
-                    # What a node itself said tells more than that no node is left.
-                    raise told from None
-                raise
-            tell(TaskPlacing(node=found.node, actor="orchestrator", message=found.message))
-            try:
-                return await start(found)
-            except ArrieroError as error:
-                self.room.give_up(found)
-                required_mb = error.details.get("required_mb")
-                if (
-                    error.code in _TOO_BIG
-                    and isinstance(required_mb, int)
-                    and found.node not in learned
-                    and self._has_others(found.node)
-                ):
-                    # Our guess was too small: with what the agent reckoned, others may have to go.
-                    learned[found.node] = required_mb
-                    told = told or error
-                    continue
-                others = len(self._registry.nodes()) - len(refused) - 1
-                if error.code not in _TRY_ELSEWHERE or others < 1:
-                    raise
-                refused[found.node] = error
-                told = told or error
-                message = f"{found.node} refused: {error.message}"
-                tell(TaskPlacing(node=found.node, actor="orchestrator", message=message))
-            except BaseException:
-                self.room.give_up(found)
-                raise
-
-    def _has_others(self, node: str) -> bool:
-        """Return whether workers are on a node that could make room."""
-        return bool(self._registry.workers.select(node=node))
+        ways = Ways(job.tell, find, start, fetch)
+        return await Placing(self._registry, self.room, job.wants, ways).run()
 
     async def _provision_on(self, job: Job, found: Found) -> WorkerRecord:
         wants = job.wants
-        node = self._registry.reachable(found.node)
-        has_model = self._registry.views.has_model(node.name, wants.model_ref)
-        if not has_model:
-            # Before anybody makes room for it: that may take hours.
-            await self._download(node, job)
         job.is_waiting = True
         try:
             await self.room.clear(found)
@@ -291,20 +240,16 @@ class ModelProvisioner:
             job.is_waiting = False
         # The engine and its options are the node's own settings.
         body = SpawnBody(model_ref=wants.model_ref, backend=wants.backend, device=wants.device)
-        try:
-            record = await self._spawn_in(node, found, body)
-        except ArrieroError as error:
-            # The catalog knew it, the disk did not: fetch it again, once.
-            if error.code is not ErrorCode.MODEL_NOT_FOUND or not has_model or is_local(wants.model_ref):
-                raise
-            await self._download(node, job)
-            record = await self._spawn_in(node, found, body)
+        record = await self._spawn_in(found, body)
         message = f"starts {record.worker_id} for {wants.model_ref}"
-        job.tell(TaskPlacing(node=node.name, worker_id=record.worker_id, actor=node.name, message=message))
+        job.tell(
+            TaskPlacing(node=record.node, worker_id=record.worker_id, actor=record.node, message=message)
+        )
         return record
 
-    async def _spawn_in(self, node: Node, found: Found, body: SpawnBody) -> WorkerRecord:
+    async def _spawn_in(self, found: Found, body: SpawnBody) -> WorkerRecord:
         """Have a worker started in the room that was found for it."""
+        node = self._registry.reachable(found.node)
         body = msgspec.structs.replace(
             body, device=body.device or found.device, bound=body.bound or self.binds_workers
         )
@@ -312,12 +257,11 @@ class ModelProvisioner:
             "POST", "/v1/workers", body=body, answer=WorkerRecord, timeout_s=SPAWN_TIMEOUT_S
         )
         record = msgspec.structs.replace(record, node=node.name)
+        if found.movement is not None:
+            self._registry.views.made(found.movement, record.worker_id)
         # Its event may have been quicker than this answer: then we know more already.
         if self._registry.workers.find(record.worker_id) is None:
             self._registry.observe(record)
-        if found.movement is not None:
-            # A beat that was on its way already does not count it yet.
-            found.movement.beats_left = 2
         return record
 
     async def start_download(
@@ -358,6 +302,13 @@ class ModelProvisioner:
             raise
         finally:
             job.is_downloading = False
+
+    async def _heard_of(self, node: Node, model_ref: str) -> None:
+        """Wait a moment until a node has told of a model that it fetched, and with that of its size."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CATALOG_NEWS_S):
+                while not self._registry.views.has_model(node.name, model_ref):
+                    await self._registry.changed.wait()
 
     async def _follow_to_end(self, node: Node, job: Job, started: DownloadStarted) -> None:
         """Follow a download; where no other node would do, also over cuts of the link to this one."""

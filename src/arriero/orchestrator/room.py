@@ -94,6 +94,9 @@ class _Wait:
     again_s: float
 
 
+_SERVED: Final = _Wait("another worker takes what waited for this one", LOOK_S)
+
+
 class RoomFinder:
     """Finds nodes for new workers; makes room, wakes machines."""
 
@@ -142,6 +145,11 @@ class RoomFinder:
         facts = self.views.facts(wants.model_ref)
         return decide(_Ways(self, wants, facts, _Waiter(self._clock.monotonic_s())), needed)
 
+    def fits(self, wants: Wants, learned_mb: int | None) -> bool:
+        """Return whether a new worker has room now and nobody goes for it; `learned_mb`: as for `find`."""
+        needed = _larger(self.views.needed(wants.model_ref), learned_mb)
+        return isinstance(self.decision(wants, needed), Fit)
+
     async def find(
         self,
         wants: Wants,
@@ -150,12 +158,15 @@ class RoomFinder:
         needed: Needed | None = None,
         learned_mb: int | None = None,
         may_wait: bool = True,
+        is_served: Callable[[], bool] = lambda: False,
     ) -> Found:
         """Return a node with room, as long as it takes for others to make it.
 
         `needed`: what the worker takes, where that is not what one takes by default.  `learned_mb`: what an
         agent reckoned, where our own guess was too small.  Unless `may_wait`, only what is idle makes
-        room, and no machine is woken.  Whoever has the answer uses it, or gives the reservation back.
+        room, and no machine is woken.  `is_served`: whether workers are there by now for all that wait for
+        this one: it takes no room then, theirs least of all, and they are about to leave.  Whoever has
+        the answer uses it, or gives the reservation back.
         Raises why no node can take the worker.
         """
         waiter = _Waiter(self._clock.monotonic_s())
@@ -163,7 +174,11 @@ class RoomFinder:
         self._line.append(waiter)
         try:
             while True:
-                step = self._look(wants, waiter, needed=needed, learned_mb=learned_mb, may_wait=may_wait)
+                step = (
+                    _SERVED
+                    if is_served()
+                    else self._look(wants, waiter, needed=needed, learned_mb=learned_mb, may_wait=may_wait)
+                )
                 if isinstance(step, Found):
                     return step
                 if isinstance(step, NodeView):

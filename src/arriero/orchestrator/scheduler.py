@@ -22,6 +22,8 @@ from arriero.runtime.clock import Clock
 
 #: Between two steps of loading that are told.
 TELL_EVERY_S: Final = 0.1
+#: Between two looks of whoever waits for a worker that is made: another one may be there sooner.
+LOOK_S: Final = 0.25
 #: Workers that end while somebody waits for them, before the wait is given up.
 CHOICES_MAX: Final = 20
 #: Between two looks for one more machine for a model whose slots are all taken.
@@ -138,8 +140,8 @@ class Scheduler:
             worker_id = choice.worker_id
             await say(TaskPlacing(worker_id=worker_id, actor="orchestrator", message=choice.message))
             if worker_id is None:
-                worker_id = await self._follow_job(self._provisioner.job(wants), say)
-            await self._follow_loading(worker_id, say)
+                worker_id = await self._follow_job(self._provisioner.job(wants), wants, say)
+            await self._follow_loading(worker_id, wants, say)
         fail(
             ErrorCode.NO_CAPACITY,
             f"no worker for {wants.model_ref} stayed: {CHOICES_MAX} were waited for",
@@ -195,32 +197,47 @@ class Scheduler:
         nodes = self._registry.nodes()
         return [node.state for node in nodes if set(labels) <= set(node.entry.labels.items())]
 
-    async def _follow_job(self, job: Job, say: Say) -> str:
-        job.followers += 1
+    async def _follow_job(self, job: Job, wants: Wants, say: Say) -> str:
+        job.followers.append(wants)
         try:
-            return await self._wait_for_job(job, say)
+            return await self._wait_for_job(job, wants, say)
         finally:
-            self._provisioner.left(job)
+            self._provisioner.left(job, wants)
 
-    async def _wait_for_job(self, job: Job, say: Say) -> str:
+    async def _wait_for_job(self, job: Job, wants: Wants, say: Say) -> str:
+        """Wait for the worker that is made, or for one that is there sooner.  Raises why there is none."""
         told = 0
+        told_s = self._clock.monotonic_s()
         while True:
             if (fresh := next((step for step in job.steps if step[0] > told), None)) is not None:
-                told = fresh[0]
+                told, told_s = fresh[0], self._clock.monotonic_s()
                 await say(fresh[1])
                 continue
-            if job.error is not None:
-                raise _again(job.error)
             if job.worker_id is not None:
                 return job.worker_id
-            try:
-                async with asyncio.timeout(self._beat_s):
-                    await job.changed.wait()
-            except TimeoutError:
+            best = self._registry.views.workers.best(wants)
+            # One that loads may be the job's own, once that has begun with one.
+            if best is not None and (best.state in READY or job.may_end):
+                return best.worker_id
+            if job.error is not None:
+                raise _again(job.error)
+            if await self._has_news(job):
+                continue
+            if self._clock.monotonic_s() - told_s >= self._beat_s:
+                told_s = self._clock.monotonic_s()
                 await say(None)
 
-    async def _follow_loading(self, worker_id: str, say: Say) -> None:
-        """Wait until a worker is ready, or its node is gone.  Raises how it ended if it does."""
+    async def _has_news(self, job: Job) -> bool:
+        # In a large pool something changes all the time: not everybody who waits looks each time.
+        try:
+            async with asyncio.timeout(min(LOOK_S, self._beat_s)):
+                await job.changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _follow_loading(self, worker_id: str, wants: Wants, say: Say) -> None:
+        """Wait until a worker is ready, this or another one, or its node is gone.  Raises how it ended."""
         told = -1.0
         told_s = 0.0
         while True:
@@ -231,6 +248,9 @@ class Scheduler:
             if record.state in READY or node.state is not NodeState.READY:
                 return
             if record.state is WorkerState.DRAINING:
+                return
+            best = self._registry.views.workers.best(wants)
+            if best is not None and best.state in READY:
                 return
             now_s = self._clock.monotonic_s()
             if record.state is WorkerState.LOADING and record.load_fraction > told:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, from_body
@@ -121,8 +122,9 @@ class Upkeep:
                     with contextlib.suppress(ArrieroError):
                         await self._drained(node, tell, wait_s)
                     await self._replace(node, entry, connection, installed, tell)
-                    # A build that was there may have been for the engine's version before.
-                    await fit_engine(node, tell)
+            # A build that was there may have been for the engine's version before.  One that has to be
+            # fetched takes long: meanwhile the machine works with what it has.
+            await fit_engine(node, tell)
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
 
     async def _version(self, entry: NodeEntry, connection: Connection) -> str | None:
@@ -229,14 +231,15 @@ class Upkeep:
     # --- Looking -------------------------------------------------------------------------
 
     async def doctor(self, name: str) -> list[Finding]:
-        """Look for what is wrong with a machine.  Raises what connecting raises."""
+        """Look for what is wrong with a machine, there and with its part in the pool.
+
+        Raises what connecting raises.
+        """
         entry = self._membership.remote(name)
         async with connected(self._fabric, entry, _unheard) as connection:
             found = await self._machines.doctor(connection, entry.install_path)
         node = self._registry.find(name)
-        if node is not None and node.same_machine_as:
-            found.append(Finding(name="memory", is_ok=True, message=shared_memory(node.same_machine_as)))
-        return found
+        return found if node is None else [*found, *_of_the_pool(node)]
 
     async def logs(self, name: str, lines: int) -> bytes:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""
@@ -253,6 +256,20 @@ def _ran_from(survey: Survey, version: str | None, new: str) -> str | None:
     """
     same = [tag for tag in survey.environments if tag.startswith(f"{version}-") and tag != new]
     return same[-1] if same else None
+
+
+def _of_the_pool(node: Node) -> Iterator[Finding]:
+    """Yield what the machine itself does not show: why it gets no work, or less than it could do."""
+    if node.error is not None:
+        error = from_body(node.error)
+        yield Finding(name="pool", is_ok=False, message=error.message, code=error.code, advice=error.advice)
+    elif node.entry.is_drained:
+        undrain = f"`arriero nodes undrain {node.name}` gives it work again"
+        yield Finding(name="pool", is_ok=True, message=f"it is drained and takes no new work: {undrain}")
+    for advice in node.capabilities.advice:
+        yield Finding(name="engine", is_ok=False, message=advice, code=ErrorCode.BACKEND_UNAVAILABLE)
+    if node.same_machine_as:
+        yield Finding(name="memory", is_ok=True, message=shared_memory(node.same_machine_as))
 
 
 def _unheard(_: NodeStep) -> None:

@@ -295,6 +295,14 @@ class PoolViews:
         self._moved(self._seen[node])
         return movement
 
+    def made(self, movement: Movement, worker_id: str) -> None:
+        """Note which worker was made in what was reserved, right after whoever made it answered."""
+        self._ledger.made(movement, worker_id, is_told=worker_id in self._records)
+
+    def told(self, node: str, worker_id: str) -> None:
+        """Take note that an agent told of a worker, whether or not it is as we know it."""
+        self._ledger.told(node, worker_id)
+
     def unreserve(self, movement: Movement) -> None:
         """Take a reservation back; safe to call twice."""
         self._ledger.cancel(movement)

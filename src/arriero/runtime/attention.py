@@ -7,7 +7,7 @@ time in which it stood still is nobody's silence.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 #: A look is due so often while anybody waits within a limit.
@@ -26,7 +26,7 @@ class Attention:
         self._next: asyncio.TimerHandle | None = None
 
     def away_s(self) -> float:
-        """Return for how long it has stood still, of the time in which anybody waited `within` a limit."""
+        """Return for how long it has stood still, of the time in which anybody was `watching`."""
         if self._waiting:
             now_s = asyncio.get_running_loop().time()
             gap_s, self._looked_s = now_s - self._looked_s, now_s
@@ -35,6 +35,20 @@ class Attention:
                 self._away_s += gap_s - LOOK_EVERY_S
         return self._away_s
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notice, while this is open, for how long this process stands still."""
+        loop = asyncio.get_running_loop()
+        self._waiting += 1
+        if self._waiting == 1:
+            self._looked_s = loop.time()
+        if self._next is None:
+            self._next = loop.call_later(LOOK_EVERY_S, self._look)
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
     @contextlib.asynccontextmanager
     async def within(self, limit_s: float) -> AsyncIterator[None]:
         """Do something in `limit_s` of the time in which this process does not stand still.
@@ -42,12 +56,7 @@ class Attention:
         Raises TimeoutError.
         """
         loop = asyncio.get_running_loop()
-        self._waiting += 1
-        if self._waiting == 1:
-            self._looked_s = loop.time()
-        if self._next is None:
-            self._next = loop.call_later(LOOK_EVERY_S, self._look)
-        known_s = self.away_s()
+        known_s = 0.0
         timer: asyncio.TimerHandle | None = None
 
         def due() -> None:
@@ -59,13 +68,14 @@ class Attention:
                 limit.reschedule(loop.time())
 
         try:
-            async with asyncio.timeout(None) as limit:
-                timer = loop.call_later(limit_s, due)
-                yield
+            with self.watching():
+                known_s = self.away_s()
+                async with asyncio.timeout(None) as limit:
+                    timer = loop.call_later(limit_s, due)
+                    yield
         finally:
             if timer is not None:
                 timer.cancel()
-            self._waiting -= 1
 
     def _look(self) -> None:
         self.away_s()

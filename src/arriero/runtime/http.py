@@ -226,4 +226,7 @@ def error_of(status: int, content: bytes) -> ArrieroError:
     try:
         return from_body(msgspec.json.decode(content, type=ErrorResponse).error)
     except msgspec.DecodeError:
-        return ArrieroError(ErrorCode.INTERNAL_ERROR, f"answered with status {status}", status=status)
+        # Whatever has the port now: none of our daemons answers like that.
+        return ArrieroError(
+            ErrorCode.VERSION_MISMATCH, f"answered with status {status}, and nothing of ours", status=status
+        )

@@ -23,8 +23,8 @@ from arriero.runtime import processes
 from arriero.runtime.state_dir import StateDir, socket_dir, worker_identity
 
 T = TypeVar("T")
-START_LIMIT_S: Final = 30.0
-WAIT_LIMIT_S: Final = 10.0
+START_LIMIT_S: Final = 90.0
+WAIT_LIMIT_S: Final = 60.0
 _LOOK_S: Final = 0.02
 
 
@@ -107,7 +107,7 @@ class AgentProcess:
         self.run = run
         return run
 
-    def terminate(self, *, limit_s: float = 15.0) -> int:
+    def terminate(self, *, limit_s: float = 60.0) -> int:
         """Send SIGTERM, wait for the end, return the exit code."""
         assert self.process is not None, "the agent is not started"
         self.process.terminate()
@@ -117,7 +117,7 @@ class AgentProcess:
         """Send SIGKILL and wait for the end; its workers live on."""
         assert self.process is not None, "the agent is not started"
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
 
     def spawn(self, model_ref: str = "demo", **fields: object) -> WorkerRecord:
         """Start a worker."""
@@ -147,15 +147,15 @@ class AgentProcess:
             if self.process.poll() is None:
                 self.process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(5)
+                    self.process.wait(30)
             if self.process.poll() is None:
                 self.process.kill()
-            self.process.wait(10)
+            self.process.wait(30)
         for run in self.state.worker_runs():
             identity = worker_identity(run)
             if processes.is_alive(identity):
                 processes.signal_group(identity.pid, signal.SIGKILL)
-                processes.wait_gone(identity, 10)
+                processes.wait_gone(identity, 30)
             shutil.rmtree(socket_dir(run.record.worker_id), ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:

@@ -36,7 +36,7 @@ from arriero.engines.base import (
     TextDelta,
 )
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 SLOTS = 4
 CONTEXT = 1024
 GREEDY = Sampling(max_tokens=24, temperature=0.0)

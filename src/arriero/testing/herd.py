@@ -26,7 +26,7 @@ from arriero.runtime import processes, state_dir
 from arriero.runtime.entropy import Entropy
 from arriero.testing.herd_agents import Agent, Count, Order
 
-END_TIMEOUT_S: Final = 10.0
+END_TIMEOUT_S: Final = 60.0
 
 
 class Herd:

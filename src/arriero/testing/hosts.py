@@ -27,7 +27,7 @@ from arriero.testing.namespaces import INTERFACE, RUN, Namespace
 from arriero.testing.sshd import Place, SshServer, sshd_path
 
 #: A command that runs when nothing else does takes a few ms.
-SLOW_START_S: Final = 10.0
+SLOW_START_S: Final = 60.0
 _USER: Final = re.compile(r'"([^"]+)",pid=')
 
 

@@ -16,7 +16,7 @@ from typing import Final
 import psutil
 
 #: Zombies whose parent is pid 1 may take seconds to go.
-PATIENCE_S: Final = 5.0
+PATIENCE_S: Final = 30.0
 #: Files below `run/` that stay on purpose: the locks are held, not removed.
 _STAYING: Final = frozenset({".lock"})
 

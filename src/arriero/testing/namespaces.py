@@ -20,7 +20,7 @@ from typing import Final, Self
 
 import psutil
 
-READY_TIMEOUT_S: Final = 10.0
+READY_TIMEOUT_S: Final = 60.0
 #: Each link takes four addresses of 10.213.0.0/16, by its number.
 LINKS: Final = 1 << 14
 #: The name of the link within.

@@ -30,8 +30,8 @@ from arriero.testing import leaks
 
 Role: TypeAlias = Literal["orchestrator", "agent"]
 T = TypeVar("T")
-START_TIMEOUT_S: Final = 40.0
-STOP_TIMEOUT_S: Final = 15.0
+START_TIMEOUT_S: Final = 120.0
+STOP_TIMEOUT_S: Final = 60.0
 LOOK_S: Final = 0.02
 ARRIERO: Final = (sys.executable, "-m", "arriero")
 #: Environment that would reach from the machine into the pool.
@@ -42,7 +42,7 @@ class NeverSo(AssertionError):
     """What was waited for did not become so in time."""
 
 
-def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 10.0) -> T:
+def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 60.0) -> T:
     """Return the first answer of `look` that is not None or False.  Raises NeverSo after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -146,7 +146,7 @@ class Pool:
         process.wait(STOP_TIMEOUT_S)
 
     def run(
-        self, *arguments: str, timeout_s: float = 30.0, stdin: str = ""
+        self, *arguments: str, timeout_s: float = 120.0, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run `arriero …` against this pool to its end."""
         return subprocess.run(
@@ -180,13 +180,13 @@ class Pool:
     def agent(self) -> Agent:
         """A client of the agent."""
         record = self.record("agent")
-        return Agent(record.url, record.token, limits=Limits(total_s=30.0))
+        return Agent(record.url, record.token, limits=Limits(total_s=60.0))
 
     @property
     def orchestrator(self) -> Orchestrator:
         """A client of the orchestrator."""
         record = self.record("orchestrator")
-        return Orchestrator(record.url, record.token, limits=Limits(total_s=30.0))
+        return Orchestrator(record.url, record.token, limits=Limits(total_s=60.0))
 
     def workers(self) -> list[WorkerRecord]:
         """Return the agent's workers, by start."""

@@ -20,8 +20,8 @@ from typing import Final
 import asyncssh
 import psutil
 
-READY_TIMEOUT_S: Final = 10.0
-ENDED_TIMEOUT_S: Final = 5.0
+READY_TIMEOUT_S: Final = 60.0
+ENDED_TIMEOUT_S: Final = 60.0
 DEFAULT_PORT: Final = 22
 #: Somebody else may take the free port first.
 STARTS_MAX: Final = 5

@@ -22,8 +22,8 @@ from arriero.contracts.requests import ReadyCallback, WorkerSpec
 from arriero.runtime import processes, state_dir
 from arriero.runtime.processes import Identity
 
-START_S: Final = 40.0
-STOP_S: Final = 10.0
+START_S: Final = 90.0
+STOP_S: Final = 40.0
 _LOOK_S: Final = 0.01
 
 
@@ -70,7 +70,7 @@ class CallbackReceiver:
         """Stop answering."""
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(5)
+        self._thread.join(30)
 
 
 class HandWorker:

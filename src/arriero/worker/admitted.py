@@ -139,8 +139,9 @@ class AdmittedRequest(ABC):
                     await self._start(send)
                     await self._send(send, self.queued(position))
                 position = await ticket.moved(position)
-            flight.watch_stall(core.spec.stall_s)
-            await self.compute(flight, send)
+            with core.attention.watching():
+                flight.watch_stall(core.spec.stall_s, core.attention)
+                await self.compute(flight, send)
         finally:
             core.slots.leave(ticket)
 

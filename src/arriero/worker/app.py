@@ -22,6 +22,7 @@ from arriero.engines import registry
 from arriero.engines.base import Engine
 from arriero.runtime import daemon, logs, state_dir
 from arriero.runtime.asgi import AsgiApp, Guard
+from arriero.runtime.attention import Attention
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.runtime.serve import bind, serve, url_of
@@ -123,6 +124,7 @@ class _Worker:
                 on_change=lambda: lifecycle.settle(self._core.slots.busy),
             ),
             flights=Flights(),
+            attention=Attention(),
             host=EngineHost(engine, spec, run_dir, lifecycle),
             lease=Lease(spec.lease_s, clock, is_owned=bool(spec.callback_url)),
             fencing=Fencing(spec.fence),

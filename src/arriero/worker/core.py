@@ -11,6 +11,7 @@ from arriero.contracts.requests import WorkerSpec
 from arriero.contracts.states import WorkerState
 from arriero.contracts.version import __version__
 from arriero.engines.base import EngineRequest
+from arriero.runtime.attention import Attention
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 from arriero.worker.ending import Ending
@@ -44,6 +45,7 @@ class Core:
     lifecycle: Lifecycle
     slots: Slots
     flights: Flights
+    attention: Attention
     host: EngineHost
     lease: Lease
     fencing: Fencing

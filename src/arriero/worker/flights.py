@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.runtime.attention import Attention
 from arriero.runtime.tasks import Changed
 
 #: So long a canceller waits for the engine to have stopped: more than one batch of a prompt.
@@ -65,15 +66,19 @@ class Flight:
         """Interrupt at that time of the loop's clock."""
         self._timers["deadline"] = self._loop.call_at(when_s, self.interrupt, error)
 
-    def watch_stall(self, stall_s: float) -> None:
+    def watch_stall(self, stall_s: float, attention: Attention) -> None:
         """From now on, interrupt with STREAM_STALLED when the engine was not heard of for so long.
 
+        Time in which this process stood still, as `attention` knows, is none of the engine's silence.
         One timer that looks at `heard_s` when it fires, so that a token costs nothing but a number.
         """
         self.heard_s = self._loop.time()
+        known_s = attention.away_s()
 
         def look() -> None:
-            due_s = self.heard_s + stall_s
+            nonlocal known_s
+            missed_s, known_s = attention.away_s() - known_s, attention.away_s()
+            due_s = self.heard_s + stall_s + missed_s
             if self._loop.time() < due_s:
                 self._timers["stall"] = self._loop.call_at(due_s, look)
                 return

@@ -14,7 +14,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And a pool
     And a worker
     And I want 1000 tokens at most
-    And my patience is 1 s
+    And my patience is 5 s
     Then the time-out cascades
     And it fails with exit code 124 and REQUEST_TIMEOUT
     And some tokens have come
@@ -26,7 +26,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     Given workers whose engine stalls after 2 tokens
     And a pool
     And a worker
-    And my patience is 1 s
+    And my patience is 5 s
     Then the time-out cascades
     And it fails with exit code 124 and REQUEST_TIMEOUT
     And the worker gave up first, with less time than the person had
@@ -37,7 +37,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And a pool
     And a worker
     And I want 1000 tokens at most
-    And my patience is 2 s
+    And my patience is 5 s
     And the worker will be frozen while it computes
     Then the time-out cascades
     And it fails with exit code 124 and REQUEST_TIMEOUT
@@ -48,7 +48,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And a pool
     And a worker
     And I want 1000 tokens at most
-    And my patience is 2 s
+    And my patience is 5 s
     And the orchestrator will be frozen while it relays
     Then the time-out cascades
     And it fails with exit code 124 and REQUEST_TIMEOUT

@@ -9,7 +9,7 @@ Feature: A model's loading is shown as it goes
     And the fraction rises to 1 and the stage is ready
 
   Scenario: A model that loads slowly is seen advancing
-    Given workers whose model takes 3000 ms to load
+    Given workers whose model takes 8000 ms to load
     And a pool
     And a worker that has just been started
     Then its loading progress streams
@@ -70,7 +70,7 @@ Feature: A model's loading is shown as it goes
       | error-event |
 
   Scenario: The worker is killed while it loads
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And a pool
     And a worker that loads
     And the worker will be killed while it loads
@@ -103,7 +103,7 @@ Feature: A model's loading is shown as it goes
     And it fails with exit code 124 and PROGRESS_STREAM_TIMEOUT
 
   Scenario: Loading takes longer than I want to wait
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And an agent
     And a worker that loads
     And my patience is 1 s

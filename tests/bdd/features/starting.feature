@@ -117,7 +117,7 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
       | the worker becomes ready and idle   |
 
   Scenario: The model is still loading when my patience ends
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And an agent
     And a worker that loads
     And my patience is 0.5 s
@@ -125,15 +125,15 @@ Feature: A worker comes up: process, callback, HTTP server, registration, model
     And it fails with exit code 1 and NO_READY_WORKERS
 
   Scenario: A worker is spawned, and its model is still loading when my patience ends
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And an agent
     And I wait for the model, too
-    And my patience is 5 s
+    And my patience is 10 s
     When a worker is spawned
     Then it fails with exit code 1 and NO_READY_WORKERS
 
   Scenario: Loading that stops advancing is given up
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And the setting loading_stall_s is 0.5
     And an agent
     And a worker that has just been started

@@ -70,7 +70,7 @@ Feature: A worker goes the way of the table, and the registry shows it
 
   Scenario: The registry forgets the worker while it is watched
     Given a server that plays registry-forgets
-    And my patience is 2 s
+    And my patience is 20 s
     Then the worker goes to busy
     And it fails with exit code 1 and NO_WORKERS
 
@@ -107,7 +107,7 @@ Feature: A worker goes the way of the table, and the registry shows it
 
   Scenario: The registry tells of a way that does not exist
     Given a server that plays registry-backwards
-    And my patience is 2 s
+    And my patience is 20 s
     Then the worker goes to busy
     And it fails with exit code 1 and INVALID_STATE_TRANSITION
     And the error says before is idle

@@ -54,7 +54,7 @@ Feature: Tokens come as they are computed, every one and each once
     And it fails with exit code 1 and NO_WORKERS
 
   Scenario: The model is still loading
-    Given workers whose model takes 20000 ms to load
+    Given workers whose model takes 120000 ms to load
     And a pool
     And a worker that loads
     Then tokens stream
@@ -132,7 +132,7 @@ Feature: Tokens come as they are computed, every one and each once
     Given workers whose engine stalls after 3 tokens
     And a pool
     And a worker
-    And my patience is 1 s
+    And my patience is 5 s
     Then tokens stream
     And it fails with exit code 124 and TOKEN_STREAM_TIMEOUT
     And 3 tokens have come

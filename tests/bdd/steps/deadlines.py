@@ -101,7 +101,7 @@ def then_slot_is_free(world: World) -> None:
         record = world.worker()
         return str(record.state) == "idle" and record.slots_available == record.slots_total
 
-    eventually("all slots are free", look, 10.0)
+    eventually("all slots are free", look)
     assert metric(world, "arriero_worker_slots_busy") == 0
 
 

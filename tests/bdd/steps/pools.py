@@ -157,7 +157,7 @@ def when_worker_is_killed(world: World) -> None:
     assert known is not None, "the worker lives"
     os.killpg(record.pid, signal.SIGKILL)
     LOG.info("worker %s, pid %s, is killed", record.worker_id, record.pid)
-    assert wait_gone(known, 10)
+    assert wait_gone(known, 30)
 
 
 @given("the worker is frozen")

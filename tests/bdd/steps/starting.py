@@ -96,7 +96,7 @@ def _call_back(world: World, url: str, token: str) -> None:
     body = ReadyCallback(
         worker_id=record.worker_id, url=url, model_ref=record.model_ref, backend="cpu", device="cpu"
     )
-    agent = Agent(world.running_pool.record("agent").url, token, limits=Limits(total_s=10))
+    agent = Agent(world.running_pool.record("agent").url, token, limits=Limits(total_s=60))
     try:
         agent.send("POST", "/v1/workers/ready", body=msgspec.to_builtins(body))
     except ArrieroError as error:

@@ -53,7 +53,7 @@ def given_request_meanwhile(world: World) -> None:
             stderr=subprocess.DEVNULL,
             env=world.env,
         )
-        world.ends.callback(process.wait, 20)
+        world.ends.callback(process.wait, 60)
         LOG.info("a request is on its way")
 
     world.meanwhile = ask

@@ -44,7 +44,7 @@ from arriero.runtime.state_dir import StateDir
 
 AGENT_TOKEN = "agent-secret"
 #: Less than a test may take (pyproject.toml); a start takes a second of a processor, which may be busy.
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:
@@ -215,6 +215,7 @@ class ScriptedAgent:
         #: A download is not answered before it is set.
         self.download_gate = asyncio.Event()
         self.download_gate.set()
+        self.download_asked = asyncio.Event()
         #: Who left a download.
         self.left: asyncio.Queue[str] = asyncio.Queue()
         self.is_silent = False
@@ -225,7 +226,8 @@ class ScriptedAgent:
         self._queues: set[asyncio.Queue[AgentEvent]] = set()
         self._runner: web.AppRunner | None = None
         self._group: asyncio.TaskGroup | None = None
-        self._number = 0
+        #: Their ids go on from here.
+        self.workers_made = 0
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         self._group = group
@@ -288,8 +290,8 @@ class ScriptedAgent:
         self.tell(ModelsChanged(models=list(models)))
 
     async def _new_worker(self, model_ref: str, script: WorkerScript) -> ScriptedWorker:
-        self._number += 1
-        worker = ScriptedWorker(f"w-{self._number:012x}", self.name, model_ref, script)
+        self.workers_made += 1
+        worker = ScriptedWorker(f"w-{self.workers_made:012x}", self.name, model_ref, script)
         memory_mb = self.memory_of.get(model_ref, 0)
         worker.record = msgspec.structs.replace(worker.record, memory_mb=memory_mb)
         self.workers[worker.worker_id] = worker
@@ -373,6 +375,7 @@ class ScriptedAgent:
 
     async def _download(self, request: web.Request) -> web.StreamResponse:
         self.downloaded.append(json.loads(await request.read())["model_ref"])
+        self.download_asked.set()
         await self.download_gate.wait()
         return json_answer({"download_id": "d-000000000001", "progress_url": "/x", "holder": "h-1"}, 202)
 

@@ -27,7 +27,7 @@ from arriero.runtime.http import Http
 from arriero.runtime.tasks import Changed
 from arriero.testing.agents import AgentProcess
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class BrokenReach:
@@ -183,6 +183,7 @@ async def test_nodes_of_one_machine_share_what_is_promised_of_its_memory() -> No
             promised_mb={"cpu": promised} if promised else {},
         )
 
+    starting = worker_of("one", WorkerState.STARTING)
     async with Http() as http:
         (one, _), (two, _), _ = (
             held(registry, name, http, machine_id) for name, machine_id in zip(names, "aab", strict=True)
@@ -193,7 +194,9 @@ async def test_nodes_of_one_machine_share_what_is_promised_of_its_memory() -> No
         # Given away by us, then told by its agent: counted on both, once.
         movement = views.reserve("one", "cpu", 3000)
         assert promised_mb() == [3000, 3000, 0]
-        movement.beats_left = 1
+        views.made(movement, starting.worker_id)
+        registry.observe(starting)
+        registry.heard(one, WorkerChanged(worker=starting, worker_token="t"))
         beat("one", 2500)
         assert promised_mb() == [2500, 2500, 0]
         views.reserve("two", "cpu", 100)

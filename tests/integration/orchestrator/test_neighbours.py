@@ -19,7 +19,7 @@ from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SystemEntropy
 from arriero.runtime.http import Http
 
-WAIT_S = 15.0
+WAIT_S = 120.0
 MODEL = "hf:org/tiny:Q8_0"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.integration.orchestrator.scripted import (
+    WAIT_S,
     RunningOrchestrator,
     ScriptedAgent,
     WorkerScript,
@@ -25,6 +26,7 @@ from arriero.domain.placement_decision import Wake
 from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import Node, NodeRegistry
+from arriero.orchestrator.provisioning import ModelProvisioner
 from arriero.orchestrator.room import LOOKS_PER_S, Found, RoomFinder
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.runtime.clock import SystemClock
@@ -109,12 +111,12 @@ async def test_a_loaded_model_is_served_until_the_other_has_waited_its_time(tmp_
         async with orchestrator(tmp_path, starvation_s="1") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             other = group.create_task(ask(o, B))
             # Its turn has come: nothing new goes to the loaded one, what it computes goes on.
             listed = f"{o.url}/v1/placements:explain"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(WAIT_S):
                 while True:
                     async with o.session.post(listed, json={"model": A}) as response:
                         explained = await response.json()
@@ -134,21 +136,43 @@ async def test_a_loaded_model_is_served_until_the_other_has_waited_its_time(tmp_
 async def test_a_hundred_requests_for_two_models_swap_them_a_few_times(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B)
-        async with orchestrator(tmp_path, starvation_s="5") as o, asyncio.TaskGroup() as group:
+        async with orchestrator(tmp_path, starvation_s="30") as o, asyncio.TaskGroup() as group:
             await o.until("/v1/nodes", lambda answer: answer["nodes"])
             asked = [group.create_task(ask(o, (A, B)[number % 2])) for number in range(100)]
         assert all(task.result()[-1] == {"DONE": True} for task in asked)
         assert len(andes.spawned) <= 4, [body.model_ref for body in andes.spawned]
 
 
+async def test_a_model_that_is_asked_for_in_two_ways_is_loaded_once(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes:
+        holds_one(andes, A, B)
+        first = await andes.add_worker(A, WorkerScript(tokens=3, hold_after=1))
+        async with orchestrator(tmp_path, starvation_s="30") as o, asyncio.TaskGroup() as group:
+            await ready(o, A)
+            held = group.create_task(ask(o, A))
+            async with asyncio.timeout(5):
+                await first.held.wait()
+            asked = []
+            for place in ({}, {"node": "andes"}):
+                body = {"prompt": "x", "model": B, **place}
+                async with o.session.post(f"{o.url}/v1/tasks", json=body) as response:
+                    asked.append(f"/v1/tasks/{(await response.json())['task_id']}")
+                await o.until(asked[-1], lambda task: task["state"] == "placing")
+            first.go_on.set()
+            for path in asked:
+                await o.until(path, lambda task: task["state"] == "done")
+        assert held.result()[-1] == {"DONE": True}
+        assert [body.model_ref for body in andes.spawned] == [B], "the other one evicts it and loads it again"
+
+
 async def test_who_leaves_while_waiting_for_room_costs_nobody_its_place(tmp_path: Path) -> None:
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B)
         first = await andes.add_worker(A, WorkerScript(tokens=3, hold_after=1))
-        async with orchestrator(tmp_path, starvation_s="3") as o, asyncio.TaskGroup() as group:
+        async with orchestrator(tmp_path, starvation_s="30") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             assert (await ask(o, B, timeout=0.5))[-1]["error"]["code"] == "REQUEST_TIMEOUT"
             first.go_on.set()
@@ -230,6 +254,22 @@ async def test_a_worker_that_is_asked_for_by_name_has_room_made_by_what_is_idle(
             assert [(body.model_ref, body.slots) for body in andes.spawned] == [(B, 2)]
 
 
+async def test_what_a_worker_takes_is_counted_once_as_soon_as_its_machine_counts_it(tmp_path: Path) -> None:
+    async with agent(tmp_path) as andes:
+        holds_one(andes, A, B)
+        andes.memory_of = {A: 3500, B: 3500}
+        andes.has_models(model(A, 3500), model(B, 3500))
+        andes.spawn.load_gate = asyncio.Event()
+        async with orchestrator(tmp_path) as o:
+            await o.until("/v1/nodes", lambda answer: answer["nodes"])
+            assert (await start(o, A))[0] == 202
+            # Its first beat since; the one after it comes a while later.
+            await o.until("/v1/nodes", lambda answer: answer["nodes"][0]["ram_free_mb"] == 4078)
+            assert (await start(o, B))[0] == 202
+            andes.spawn.load_gate.set()
+            assert {w.record.model_ref for w in andes.workers.values()} == {A, B}
+
+
 async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_for_by_name(
     tmp_path: Path,
 ) -> None:
@@ -239,7 +279,7 @@ async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_f
         async with orchestrator(tmp_path, starvation_s="0.4") as o, asyncio.TaskGroup() as group:
             await ready(o, A)
             held = group.create_task(ask(o, A))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await first.held.wait()
             status, refused = await start(o, B)
             assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
@@ -283,7 +323,7 @@ async def test_however_much_changes_those_that_wait_share_so_many_looks_and_then
     )  # fmt: skip
     registry.observe(busy)
     needed = Needed(6000, 6000)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
         first = group.create_task(room.find(Wants(B), lambda _: None, needed=needed))
         assert await clock.pauses_s.get() == 1 / LOOKS_PER_S
         second = group.create_task(room.find(Wants(C), lambda _: None, needed=needed))
@@ -295,6 +335,43 @@ async def test_however_much_changes_those_that_wait_share_so_many_looks_and_then
         registry.observe(msgspec.structs.replace(busy, state=WorkerState.STOPPED))
         clock.go_on.set()
         assert (await first).node == (await second).node == "andes"
+
+
+async def test_who_waits_for_room_takes_none_once_a_worker_of_the_model_is_back() -> None:
+    clock = HeldClock()
+    registry = NodeRegistry(clock, Feed())
+    room = RoomFinder(registry, clock, Settings())
+    cpu = DeviceRecord(id="cpu", backend="cpu", name="CPU", memory_mb=16000, memory_free_mb=100)
+    node = NodeRecord(
+        name="andes", status=NodeState.READY, version="1", backends=["cpu"], devices=[cpu], ram_mb=16000,
+        ram_free_mb=100, disk_free_mb=90000,
+    )  # fmt: skip
+    registry.views.take(NodeChanged(node=node))
+    registry.views.models_told("andes", [model(A)])
+    other = WorkerRecord(
+        worker_id="w-1", node="andes", url="", model_ref=B, backend="cpu", device="cpu",
+        state=WorkerState.BUSY, slots_total=1, slots_available=0, pid=1, started_unix=1.0,
+        last_activity_unix=1.0, memory_mb=15000,
+    )  # fmt: skip
+    registry.observe(other)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        provisioner = ModelProvisioner(registry, room, group, clock)
+        job = provisioner.job(Wants(A))
+        job.followers.append(Wants(A))
+        await clock.pauses_s.get()
+        worker = msgspec.structs.replace(
+            other, worker_id="w-2", model_ref=A, memory_mb=0, state=WorkerState.IDLE
+        )
+        registry.observe(worker)
+        registry.observe(msgspec.structs.replace(other, state=WorkerState.STOPPED))
+        clock.go_on.set()
+        await clock.pauses_s.get()
+        assert job.may_end, "it looked, and left the memory that came free"
+        # A request that was lost there before has one made all the same.
+        job.followers.append(Wants(A, excluded=frozenset({"w-2"})))
+        while job.error is None:
+            await job.changed.wait()
+    assert job.error.code is ErrorCode.NODE_NOT_FOUND, "no agent is behind its node"
 
 
 # --- Waking ----------------------------------------------------------------------------------------
@@ -323,7 +400,7 @@ async def test_a_machine_that_sleeps_is_woken_by_its_packet_and_waited_for(tmp_p
         assert foreseen.choice.code is ErrorCode.NODE_UNREACHABLE
         assert isinstance(foreseen.decision, Wake) and foreseen.decision.node.name == "attic"
         steps: list[TaskPlacing] = []
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
             finding = group.create_task(room.find(Wants(A), steps.append))
             packet = await asyncio.get_running_loop().sock_recv(ear, 1024)
             assert packet == magic_packet(MAC) == b"\xff" * 6 + bytes.fromhex("525400123456") * 16

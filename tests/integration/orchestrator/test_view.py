@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.integration.orchestrator.scripted import (
+    WAIT_S,
     RunningOrchestrator,
     ScriptedAgent,
     WorkerScript,
@@ -33,7 +34,7 @@ async def node_is(o: RunningOrchestrator, state: str) -> None:
 
 
 async def test_a_silent_node_is_unreachable_and_comes_back(tmp_path: Path) -> None:
-    async with agent(tmp_path) as andes, orchestrator(tmp_path, node_timeout_s="0.8") as o:
+    async with agent(tmp_path) as andes, orchestrator(tmp_path, node_timeout_s="3") as o:
         await andes.add_worker()
         await node_is(o, "ready")
         async with o.session.get(f"{o.url}/ready") as response:
@@ -60,12 +61,12 @@ async def test_a_node_that_is_held_was_connected_just_now(tmp_path: Path) -> Non
 
 
 async def test_an_agent_is_replaced_while_a_stream_flows(tmp_path: Path) -> None:
-    async with agent(tmp_path) as old, orchestrator(tmp_path, node_timeout_s="0.5") as o:
+    async with agent(tmp_path) as old, orchestrator(tmp_path, node_timeout_s="3") as o:
         kept = await old.add_worker(script=WorkerScript(hold_after=2))
         lost = await old.add_worker("file:///lost.gguf")
         await node_is(o, "ready")
         async with o.session.post(f"{o.url}/v1/chat/completions", json=CHAT) as response:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await kept.held.wait()
             await old.stop()
             await node_is(o, "unreachable")
@@ -170,10 +171,10 @@ async def test_leaving_a_proxied_stream_cuts_off_the_worker(tmp_path: Path) -> N
         await o.until("/v1/workers", lambda answer: answer["workers"])
         url = f"{o.url}/v1/workers/{worker.worker_id}/proxy/v1/inference/stream"
         async with o.session.post(url, json={"prompt": "x"}) as response:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 await worker.held.wait()
             response.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             await worker.cut_off.wait()
 
 

@@ -13,10 +13,7 @@ from arriero.testing.agents import AgentProcess
 from arriero.testing.pool import Pool, eventually
 from arriero.testing.sshd import SshServer, sshd_path
 
-pytestmark = [
-    pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)"),
-    pytest.mark.timeout(60),
-]
+pytestmark = pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)")
 
 
 @pytest.fixture
@@ -80,10 +77,10 @@ def test_a_model_whose_slots_are_taken_begins_on_another_machine(pool: Pool) -> 
     assert [worker.node for worker in pool.orchestrator.workers()] == ["here"]
     second = threading.Thread(target=lambda: answers.append(answered_by(pool)))
     second.start()
-    eventually("the other machine has it, too", lambda: ready_nodes(pool) == ["here", "there"], 20)
+    eventually("the other machine has it, too", lambda: ready_nodes(pool) == ["here", "there"])
     assert answered_by(pool) == "there"
     assert answers == []
     held.let_go()
     for thread in (first, second):
-        thread.join(20)
+        thread.join(60)
     assert answers == ["here", "here"]

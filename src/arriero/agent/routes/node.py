@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 from litestar import Request, Response, get
@@ -18,6 +18,9 @@ from arriero.contracts.records import Capabilities, Health
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.runtime import sse
 from arriero.runtime.asgi import SseResponse
+
+#: Who opens the stream misses a machine that says nothing; what is free is told with the beats as well.
+SNAPSHOT_LOOK_S: Final = 0.5
 
 
 def node_routes(
@@ -45,7 +48,7 @@ def node_routes(
         Who says `X-Arriero-Fence: HOLDER:NUMBER` holds the machine as long as the stream is open.
         """
         holding: Holding | None = cast("dict[str, Any]", request.scope).get(SCOPE_KEY)
-        await machine.look_aside()
+        await machine.look_aside(within_s=SNAPSHOT_LOOK_S)
         return cast("ASGIApp", SseResponse(_frames(feed, holding), stop=stop))
 
     @get("/metrics")

@@ -15,9 +15,10 @@ from arriero.cli.signals import Terminated, terminable
 from arriero.client.api import Orchestrator
 from arriero.contracts import ids
 from arriero.contracts.errors import ArrieroError, ErrorCode, Exit
-from arriero.contracts.events import NodeDone, NodeStep
+from arriero.contracts.events import JOINED, NodeDone, NodeStep
 from arriero.contracts.requests import LABEL, LABEL_VALUE, NodeAddBody, NodeUpdateBody
 from arriero.contracts.states import NodeState
+from arriero.domain.engine_builds import install_command
 
 _EXAMPLES: Final = ("arriero nodes add workstation --ssh ana@workstation", "arriero nodes list")
 _ADD_EXAMPLES: Final = (
@@ -96,7 +97,8 @@ def add(
 
     Checks the connection and the machine, installs this version of arriero there for the user who logs
     in, starts its agent, and registers it.  Nothing there listens to the network: everything goes through
-    SSH.  Whatever fails leaves nothing behind.
+    SSH.  Whatever fails leaves nothing behind; an engine that cannot be had for its GPU can be installed
+    later.
 
     Exit codes: 0 it is part of the pool, 1 error, 2 wrong usage, 124 timed out, 130 interrupted.
     """
@@ -113,25 +115,40 @@ def add(
         mac=_mac(mac),
         carry=carry,
     )
+    show_step = _shown(narrator)
+    has_joined = False
+
+    def heard(step: NodeStep) -> None:
+        nonlocal has_joined
+        has_joined = has_joined or step.step == JOINED
+        show_step(step)
+
     with terminable(), pool.serving(is_ephemeral=False, narrator=narrator, timeout_s=None) as client:
         try:
-            done = _added(client, body, narrator, may_ask=not as_json)
+            done = _added(client, body, narrator, heard, may_ask=not as_json)
         except (KeyboardInterrupt, Terminated):
             narrator.clear()
-            narrator.say("orchestrator", f"interrupted: what was begun on {name} is taken back")
+            left = f"what was begun on {name} is taken back"
+            if has_joined:
+                command = install_command(name)
+                left = f"{name} is part of the pool; its engine was not installed: `{command}`"
+            narrator.say("orchestrator", f"interrupted: {left}")
             raise
     return _ended(done, narrator, as_json=as_json)
 
 
-def _added(client: Orchestrator, body: NodeAddBody, narrator: Narrator, *, may_ask: bool) -> NodeDone:
+def _added(
+    client: Orchestrator, body: NodeAddBody, narrator: Narrator, heard: Callable[[NodeStep], None], *,
+    may_ask: bool,
+) -> NodeDone:  # fmt: skip
     try:
-        return client.add_node(body, _shown(narrator))
+        return client.add_node(body, heard)
     except ArrieroError as error:
         narrator.clear()
         fingerprint = _accepted(error) if may_ask else None
         if fingerprint is None:
             raise
-    return client.add_node(msgspec.structs.replace(body, accept_host_key=fingerprint), _shown(narrator))
+    return client.add_node(msgspec.structs.replace(body, accept_host_key=fingerprint), heard)
 
 
 def _accepted(error: ArrieroError) -> str | None:
@@ -203,6 +220,8 @@ def doctor(*, name: str, as_json: bool) -> int:
         for finding in found:
             mark = "ok" if finding.is_ok else (finding.code or "problem")
             render.out(f"{mark:<24}{finding.name}: {finding.message}")
+            if finding.advice:
+                render.out(f"{'':<24}  hint: {finding.advice}")
     return Exit.OK if is_well else Exit.ERROR
 
 

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from arriero.contracts.errors import ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import OUTPUT_BYTES_MAX, Connection
 from arriero.fabrics.outcome import Kept
@@ -164,14 +164,37 @@ def _explain(output: str, target: Target) -> None:
     fail(ErrorCode.INSTALL_FAILED, f"the packages could not be fetched: {said}", last_lines=lines)
 
 
-def _refuse(package: str, target: Target, why: str) -> None:
+def _refuse(package: str, target: Target, why: str, **details: Any) -> None:
     fail(
         ErrorCode.PACKAGE_UNAVAILABLE,
         f"{package} cannot be had for {target} with Python {target.python}: {why}",
         package=package,
         platform=str(target),
         python=target.python,
+        **details,
     )
+
+
+def check_had(failure: ArrieroError, target: Target) -> None:
+    """Know that no package was missing in the machine's own index, by the last lines of a pip that failed.
+
+    Raises PACKAGE_UNAVAILABLE (details: package, platform, python) if one was.  An index that does not
+    answer lacks nothing.
+    """
+    said = failure.details.get("last_lines")
+    # It is the machine's word: it may be anything.
+    lines = [str(line) for line in said] if isinstance(said, list) else []
+    output = "\n".join(lines)
+    missing = _MISSING.search(output)
+    if missing is not None and not _NO_INDEX.search(output):
+        _refuse(
+            missing[1].split("==")[0],
+            target,
+            "its own package index has no wheel of it",
+            last_lines=lines,
+            suggested_action="with --carry all packages are brought from here: those in "
+            "ARRIERO_HOME/dist/wheels, and what the index of this machine has; or use another Python there",
+        )
 
 
 async def bring(

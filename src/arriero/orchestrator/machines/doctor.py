@@ -13,6 +13,8 @@ from arriero.runtime.clock import Clock
 
 #: Every file of the environment is read through.
 EXAMINE_TIMEOUT_S: Final = 180.0
+#: What a survey warns of by the name of its step, where there is an error code for it.
+_WARNED: Final = {"disk": ErrorCode.INSUFFICIENT_DISK}
 
 
 async def doctor(
@@ -23,7 +25,8 @@ async def doctor(
 
     def tell(step: NodeStep) -> None:
         is_ok = not step.message.startswith("warning")
-        found.append(Finding(name=step.step, is_ok=is_ok, message=step.message))
+        code = None if is_ok else _WARNED.get(step.step)
+        found.append(Finding(name=step.step, is_ok=is_ok, message=step.message, code=code))
 
     try:
         machine = await survey(connection, install_path, tell, clock=clock, places=places)
@@ -33,7 +36,10 @@ async def doctor(
     except ArrieroError as error:
         if error.code is ErrorCode.NODE_UNREACHABLE:
             raise
-        return [*found, Finding(name="survey", is_ok=False, message=error.message, code=error.code)]
+        failed = Finding(
+            name="survey", is_ok=False, message=error.message, code=error.code, advice=error.advice
+        )
+        return [*found, failed]
     for each in answer:
         code = None if each["is_ok"] else ErrorCode(each["code"])
         found.append(Finding(name=each["name"], is_ok=each["is_ok"], message=each["message"], code=code))

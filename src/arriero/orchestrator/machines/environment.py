@@ -13,7 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines import carrying, lock, wheel
-from arriero.orchestrator.machines.survey import Survey, Tell
+from arriero.orchestrator.machines.survey import Survey, Tell, check_disk
 from arriero.orchestrator.machines.there import ask
 
 PREPARE_TIMEOUT_S: Final = 60.0
@@ -90,6 +90,8 @@ async def install(
     if packed.tag == survey.current:
         tell(NodeStep(step="install", message=f"arriero {version} is there already ({packed.tag})"))
         return Installation(packed.tag, version, path, python, None, is_new=False)
+    if packed.tag not in survey.environments:
+        check_disk(survey)
     try:
         prepared = await ask(connection, python, "prepare", timeout_s=PREPARE_TIMEOUT_S, path=path)
         if packed.tag not in survey.environments:
@@ -110,6 +112,8 @@ async def install(
         # What is unreachable cannot be rolled back: the next one goes on there.
         if error.code is not ErrorCode.NODE_UNREACHABLE:
             await _undo(connection, python, path, tell)
+        if error.code is ErrorCode.INSTALL_FAILED:
+            carrying.check_had(error, _target(survey))
         raise
     except asyncio.CancelledError:
         with contextlib.suppress(TimeoutError):
@@ -160,15 +164,18 @@ async def _supply(
             tell(NodeStep(step="package", message="its own package index has the packages"))
             return False
         tell(NodeStep(step="package", message="it has no package index: the packages are carried"))
-    target = lock.Target(
-        survey.system, survey.machine, survey.libc, survey.system_version, survey.python_version
-    )
     async with source.turn:
-        found = await carrying.fetch(source.dist / "wheels", pip, packages, target, tell)
+        found = await carrying.fetch(source.dist / "wheels", pip, packages, _target(survey), tell)
     await carrying.bring(
         connection, survey.python, path, {f"wheels/{each.name}": each for each in found}, tell
     )
     return True
+
+
+def _target(survey: Survey) -> lock.Target:
+    return lock.Target(
+        survey.system, survey.machine, survey.libc, survey.system_version, survey.python_version
+    )
 
 
 def _packages(survey: Survey, source: Source) -> list[lock.Pinned]:

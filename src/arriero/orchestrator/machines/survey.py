@@ -64,7 +64,7 @@ async def survey(
 ) -> Survey:
     """Return what a machine is and has; each thing is told, and nothing is left there.
 
-    Raises PLATFORM_UNSUPPORTED, PYTHON_NOT_FOUND, PYTHON_TOO_OLD, INSTALL_PATH_UNUSABLE, INSUFFICIENT_DISK,
+    Raises PLATFORM_UNSUPPORTED, PYTHON_NOT_FOUND, PYTHON_TOO_OLD, INSTALL_PATH_UNUSABLE,
     PACKAGE_UNAVAILABLE (a system library), SSH_COMMAND_FAILED, NODE_UNREACHABLE.
     """
     seen = await look(connection, places)
@@ -83,7 +83,7 @@ async def survey(
     tell(NodeStep(step="python", message=f"Python {python} at {python.path}"))
     _check_path(facts)
     free_mb = facts["disk_free_mb"]
-    tell(NodeStep(step="disk", message=f"{free_mb / 1024:.1f} GiB free at {facts['install_path']}"))
+    tell(NodeStep(step="disk", message=_disk_told(free_mb, facts["install_path"])))
     tell(NodeStep(step="gpu", message=facts["gpu"] or "no GPU that arriero knows: models run on the CPU"))
     # Their program reads its clock between our two looks at ours: what may lie in between is no skew.
     skew_s = max(facts["unix"] - after_s, 0.0) + min(facts["unix"] - before_s, 0.0)
@@ -133,16 +133,28 @@ def _check_libraries(missing: Sequence[str]) -> None:
 def _check_path(facts: dict[str, Any]) -> None:
     if facts["path_problem"]:
         fail(ErrorCode.INSTALL_PATH_UNUSABLE, facts["path_problem"], install_path=facts["install_path"])
-    # A second environment beside an old one needs the same again.
-    if facts["disk_free_mb"] < DISK_NEEDED_MB:
+
+
+def check_disk(found: Survey) -> None:
+    """Know that there is room for one more environment; beside an old one it needs the same again.
+
+    Raises INSUFFICIENT_DISK.
+    """
+    if found.disk_free_mb < DISK_NEEDED_MB:
         fail(
             ErrorCode.INSUFFICIENT_DISK,
-            f"an installation needs {DISK_NEEDED_MB} MB, {facts['install_path']} has "
-            f"{facts['disk_free_mb']} MB free",
+            f"an installation needs {DISK_NEEDED_MB} MB, {found.install_path} has "
+            f"{found.disk_free_mb} MB free",
             required_mb=DISK_NEEDED_MB,
-            available_mb=facts["disk_free_mb"],
+            available_mb=found.disk_free_mb,
             suggested_action="make room there, or give another folder with --install-path",
         )
+
+
+def _disk_told(free_mb: int, path: str) -> str:
+    if free_mb < DISK_NEEDED_MB:
+        return f"warning: {free_mb} MB free at {path}: an installation needs {DISK_NEEDED_MB} MB"
+    return f"{free_mb / 1024:.1f} GiB free at {path}"
 
 
 def _clock_told(skew_s: float) -> str:

@@ -16,12 +16,15 @@ from arriero.contracts.events import NodeDone
 from arriero.contracts.records import FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 from arriero.orchestrator.core import Orchestrator
+from arriero.orchestrator.membership import unheard
 from arriero.orchestrator.reach import told_of_node
 from arriero.orchestrator.routes.followed import Followed, Tell, Work
 from arriero.runtime import bodies
 
 Asked: TypeAlias = Request[Any, Any, Any]
 LOG_LINES_MAX: Final = 100_000
+#: Whoever changes an address waits so long for what is done to the machine: less than a client does.
+UPDATE_PATIENCE_S: Final = 20.0
 
 
 def node_routes(o: Orchestrator) -> list[ControllerRouterHandler]:
@@ -84,7 +87,11 @@ def _changing(o: Orchestrator) -> list[ControllerRouterHandler]:
     async def update(request: Asked, name: FromPath[str]) -> NodeRecord:
         """Change labels, address, key, accepted host key or hardware address of a machine."""
         body = bodies.decode(await request.body(), NodeUpdateBody)
-        return (await o.membership.update(name, body)).record()
+        if not body.connects_anew:
+            return (await o.membership.update(name, body)).record()
+        # One that is being upgraded or removed is held again by whoever does that.
+        async with o.underway.only(name, "changed", unheard, patience_s=UPDATE_PATIENCE_S):
+            return (await o.membership.update(name, body)).record()
 
     @post("/v1/nodes/{name:str}/undrain", status_code=200)
     async def undrain(name: FromPath[str]) -> NodeRecord:
