@@ -213,7 +213,10 @@ async def test_a_machine_that_sleeps_is_woken_where_the_line_is_longer_than_that
         for task in waiting:
             task.cancel()
     assert woken == [None, "attic"], "the second one's turn comes after 60 s, the third one's after 90"
-    assert [text.split("requests there, ")[1] for text in said] == ["30 s at most", "60 s at most"]
+    assert [text.split(": ")[1] for text in said] == [
+        f"waits while {REF} has requests there, 30 s at most",
+        "waits for who came earlier",
+    ]
 
 
 async def test_a_worker_that_is_being_made_is_joined_by_who_asks_in_the_same_way() -> None:

@@ -19,7 +19,7 @@ from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.orchestrator.machines.running import LogEnd
 from arriero.orchestrator.machines.survey import Survey, Tell
-from arriero.orchestrator.membership import Membership
+from arriero.orchestrator.membership import Membership, unheard
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import (
     ask_capabilities,
@@ -237,7 +237,7 @@ class Upkeep:
         Raises what connecting raises.
         """
         entry = self._membership.remote(name)
-        async with connected(self._fabric, entry, _unheard) as connection:
+        async with connected(self._fabric, entry, unheard) as connection:
             found = await self._machines.doctor(connection, entry.install_path)
         node = self._registry.find(name)
         return found if node is None else [*found, *_of_the_pool(node)]
@@ -245,7 +245,7 @@ class Upkeep:
     async def logs(self, name: str, lines: int) -> LogEnd:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""
         entry = self._membership.remote(name)
-        async with connected(self._fabric, entry, _unheard) as connection:
+        async with connected(self._fabric, entry, unheard) as connection:
             return await self._machines.logs(connection, entry.install_path, lines)
 
 
@@ -271,7 +271,3 @@ def _ran_from(survey: Survey, version: str | None, new: str) -> str | None:
     """
     same = [tag for tag in survey.environments if tag.startswith(f"{version}-") and tag != new]
     return same[-1] if same else None
-
-
-def _unheard(_: NodeStep) -> None:
-    """Tell nobody."""
