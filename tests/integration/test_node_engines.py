@@ -17,8 +17,6 @@ from arriero.testing.sshd import sshd_path
 
 LIBRARIES = ("libcudart.so.12", "libcublas.so.12")
 pytestmark = [
-    # A machine comes up and down, on one that may be busy.
-    pytest.mark.timeout(180),
     pytest.mark.skipif(sshd_path() is None, reason="no sshd is installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="CUDA builds are for Linux"),
     pytest.mark.skipif(not missing_library(LIBRARIES), reason="NVIDIA's CUDA 12 runtime is installed here"),
@@ -122,7 +120,7 @@ def test_what_keeps_an_engine_from_a_card_is_told_and_keeps_no_machine_from_work
         "nodes", "add", "far", "--ssh", remote.server.target, "--key", str(remote.server.key),
         "--accept-host-key", remote.server.fingerprint(), "--install-path", str(remote.path),
     )  # fmt: skip
-    until("the index is asked", index.is_asked, 60)
+    until("the index is asked", index.is_asked)
     stopped = cli.interrupt(adding, signal.SIGINT)
     assert stopped.code == 130, stopped
     told = "far is part of the pool; its engine was not installed: `arriero engines install --node far`"
@@ -136,7 +134,7 @@ def test_what_keeps_an_engine_from_a_card_is_told_and_keeps_no_machine_from_work
     new = {"PYTHONPATH": str(newer)}
     assert home.run("up", "-q", **new).code == 0
     upgrading = home.start("nodes", "upgrade", "far", **new)
-    until("the index is asked again", index.is_asked, 60)
+    until("the index is asked again", index.is_asked)
     shown = home.run("nodes", "show", "far", "--json", **new).json
     assert (shown["version"], shown["status"]) == ("0.2.0", "ready")
     assert cli.interrupt(upgrading, signal.SIGINT).code == 130
