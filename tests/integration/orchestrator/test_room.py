@@ -77,12 +77,12 @@ async def test_an_idle_worker_makes_room_and_of_two_the_one_used_longest_ago(tmp
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B, C)
         andes.memory_of[A] = andes.memory_of[C] = 3500
+        andes.models[:] = [model(ref, 3500) for ref in (A, B, C)]
         old, new = await andes.add_worker(C), await andes.add_worker(A)
         old.record = msgspec.structs.replace(old.record, last_activity_unix=5.0)
         new.record = msgspec.structs.replace(new.record, last_activity_unix=9.0)
         async with orchestrator(tmp_path, starvation_s="2") as o:
             await ready(o, A)
-            andes.has_models(model(A, 3500), model(B, 3500), model(C, 3500))
             events = await ask(o, B)
             assert events[-1] == {"DONE": True}, events
             assert "stops what was used longest ago: 1 worker (hf:org/c)" in told(events)
@@ -239,12 +239,12 @@ async def test_a_worker_that_is_asked_for_by_name_has_room_made_by_what_is_idle(
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B, C)
         andes.memory_of[A] = andes.memory_of[C] = 3500
+        andes.models[:] = [model(ref, 3500) for ref in (A, B, C)]
         old, new = await andes.add_worker(C), await andes.add_worker(A)
         old.record = msgspec.structs.replace(old.record, last_activity_unix=5.0)
         new.record = msgspec.structs.replace(new.record, last_activity_unix=9.0)
         async with orchestrator(tmp_path, starvation_s="2") as o:
             await ready(o, A)
-            andes.has_models(model(A, 3500), model(B, 3500), model(C, 3500))
             status, error = await start(o, B, labels={"room": "attic"})
             assert (status, error["error"]["code"]) == (503, "NO_CAPACITY")
             assert error["error"]["message"] == "andes lacks the label room=attic"
