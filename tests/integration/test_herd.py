@@ -13,7 +13,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentBeat, AgentEvent, AgentSnapshot
 from arriero.contracts.records import Capabilities, ModelList, WorkerList
 from arriero.contracts.states import NodeState
-from arriero.fabrics.base import Connection, NodeAddress, OnRetry
+from arriero.fabrics.base import Connection, NodeAddress, OnHeard, OnRetry
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import NodeLink
 from arriero.orchestrator.nodes import NodeRegistry
@@ -94,7 +94,9 @@ class _FirstIsGone(HerdFabric):
 
     made = 0
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         connection = await super().connect(address, on_retry)
         self.made += 1
         if self.made == 1:

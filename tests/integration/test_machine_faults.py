@@ -17,9 +17,11 @@ from tests.support.machines import Told, reached, small_package
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
+from arriero.orchestrator.machines import running
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
+from arriero.runtime.log_files import rotate
 from arriero.testing.sshd import SshServer, sshd_path
 
 pytestmark = pytest.mark.skipif(sshd_path() is None, reason="sshd is not installed (openssh-server)")
@@ -225,6 +227,25 @@ async def test_a_full_disk_keeps_nobody_from_what_is_installed_there(
     newer = machines_of(dist, small_package(tmp_path / "newer", version="0.0.2"))
     assert (await refused(connection, newer, disk / "there", told)).code is ErrorCode.INSUFFICIENT_DISK
     assert (disk / "there" / "current").exists()
+
+
+async def test_of_a_log_the_end_is_shown(connection: Connection, there: Path) -> None:
+    with pytest.raises(ArrieroError) as missing:
+        await running.logs(connection, str(there), 10)
+    assert missing.value.code is ErrorCode.NOT_FOUND
+    lines = [b"%d %s" % (number, b"x" * 50) for number in range(1500)]
+    folder = there / "home" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "agent.log").write_bytes(b"".join(b"%s\n" % line for line in lines))
+    assert rotate(folder / "agent.log", 1)
+    with (folder / "agent.log").open("ab") as log:
+        log.write(b"the newest\n")
+    whole = await running.logs(connection, str(there), 700)
+    assert (whole.content.splitlines(), whole.is_cut) == ([*lines[-699:], b"the newest"], False)
+    cut = await running.logs(connection, str(there), 700, bytes_max=10_000)
+    shown = cut.content.splitlines()
+    assert cut.is_cut and 9_000 < len(cut.content) <= 10_000
+    assert shown == [*lines[-(len(shown) - 1) :], b"the newest"], "whole lines, none missing between"
 
 
 # --- The installation ----------------------------------------------------------------------------

@@ -2,21 +2,28 @@
 
 import asyncio
 import contextlib
+import functools
+import http.server
 import json
+import shutil
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
+from tests.support.engine_wheels import pack, sha256
 from tests.support.home import until
 from tests.support.machines import NO_INDEX, Told, programs_in, reached
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import NodeStep
 from arriero.fabrics.base import Connection
-from arriero.orchestrator.machines import environment_child, survey_child, there_child
+from arriero.orchestrator.machines import environment_child, survey_child, there_child, wheel
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
 from arriero.runtime.clock import SystemClock
@@ -136,7 +143,7 @@ async def _agent_lives(machines: Machines, connection: Connection, path: Path) -
     # Killed, it is started again.
     first.kill()
     second = until("another agent", lambda: _agent_or_none(path, besides=first))
-    assert b'"node":"attic"' in await machines.logs(connection, str(path), 50)
+    assert b'"node":"attic"' in (await machines.logs(connection, str(path), 50)).content
     keeper = psutil.Process(json.loads((path / "home/run/keeper.json").read_text())["pid"])
     assert second.ppid() == keeper.pid
 
@@ -166,6 +173,111 @@ def _agent_or_none(path: Path, *, besides: psutil.Process) -> psutil.Process | N
     except (OSError, ValueError, psutil.Error):
         return None
     return None if found.pid == besides.pid else found
+
+
+class _Seen(there_child.Watch):
+    """Sees a program come further at each look, and lets it end after some."""
+
+    def __init__(self, end: Path) -> None:
+        self._end = end
+        self._looks = 0
+
+    def look(self) -> bool:
+        self._looks += 1
+        if self._looks == 3:
+            self._end.touch()
+        return True
+
+
+def test_a_program_may_take_long_while_it_comes_further(tmp_path: Path) -> None:
+    end = tmp_path / "end"
+    script = (
+        "import sys, time; from pathlib import Path\nwhile not Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    )
+    argv = [sys.executable, "-c", f"{script}\nprint('done')", str(end)]
+    assert there_child.call(argv, 0.0, _Seen(end)) == "done\n"
+    end.unlink()
+    with pytest.raises(there_child.Refused, match="came no further for 0 s"):
+        there_child.call(argv, 0.0)
+    with pytest.raises(there_child.Refused, match="took more than 0 s"):
+        there_child.call(argv, 60.0, _Seen(tmp_path / "other"), total_s=0.0)
+
+
+def test_bytes_on_their_way_are_seen(tmp_path: Path) -> None:
+    watch = environment_child.PipWatch(tmp_path / "environment", tmp_path / "scratch")
+    (tmp_path / "scratch/pip-unpack").mkdir(parents=True)
+    (tmp_path / "scratch/pip-unpack/large.whl").write_bytes(b"some")
+    until("the first bytes are seen", watch.look)
+    with (tmp_path / "scratch/pip-unpack/large.whl").open("ab") as file:
+        file.write(b"more")
+    until("more bytes are seen", watch.look)
+
+
+class _Index(http.server.SimpleHTTPRequestHandler):
+    """A package index that says, as they do, that what it gives may be kept."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path.rpartition("/")[2])
+        super().do_GET()
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _offered(index: Path, name: str) -> str:
+    """Put a package into an index; return its line of a lock."""
+    folder = index / name
+    folder.mkdir(parents=True)
+    path = pack(folder, name=name, version="1.0", tag="py3-none-any", content={f"{name}/__init__.py": b""})
+    (folder / "index.html").write_text(f'<a href="{path.name}">{path.name}</a>')
+    return f"{name}==1.0 --hash=sha256:{sha256(path)}\n"
+
+
+def test_what_came_from_an_index_before_a_failure_does_not_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, index = tmp_path / "there", tmp_path / "index"
+    environment_child.prepare(str(root))
+    own = root / "carried"
+    pip = shutil.copy(wheel.pack_pip(tmp_path / "dist").path, own)
+    says = {"arriero/__main__.py": b'print(\'{"version": "0.0.1"}\')'}
+    arriero = pack(own, name="arriero", version="0.0.1", tag="py3-none-any", content=says)
+    lines = [_offered(index, "first"), _offered(index, "second")]
+    (own / "runtime.txt").write_text("".join(lines))
+    (index / "second").rename(index / "hidden")
+    handler = functools.partial(_Index, directory=str(index))
+
+    def build() -> there_child.Facts:
+        return environment_child.build(
+            str(root), "tag", "0.0.1", arriero.name, Path(pip).name, False,
+            stall_s_of_pip=60.0, total_s_of_pip=120.0,
+        )  # fmt: skip
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+        # Of others pip keeps what comes encrypted alone.
+        monkeypatch.setenv("PIP_TRUSTED_HOST", "127.0.0.1")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        try:
+            with pytest.raises(there_child.Refused, match="second"):
+                build()
+            assert not (root / "envs/tag").exists()
+            (index / "hidden").rename(index / "second")
+            assert build()["is_new"]
+        finally:
+            server.shutdown()
+            thread.join()
+    fetched = [name for name in _Index.asked if name.endswith(".whl")]
+    assert sorted(fetched) == ["first-1.0-py3-none-any.whl", "second-1.0-py3-none-any.whl"]
+    assert not (own / "cache").exists() and not (root / "envs/tag/scratch").exists()
 
 
 #: What remembers who lingers, and has services that do nothing.

@@ -71,6 +71,11 @@ def test_a_machine_joins_computes_and_leaves(home: Home, remote: Remote) -> None
     assert answered.headers["X-Arriero-Node"] == "far"
     assert "worker" in home.run("workers", "logs", worker["worker_id"]).out
     assert "agent_answers" in home.run("nodes", "logs", "far").out
+    with (remote.path / "home/logs/agent.log").open("a") as log:
+        log.write(("x" * 99 + "\n") * 50_000 + "the newest\n")
+    told = home.run("nodes", "logs", "far", "--lines", "100000")
+    assert "the newest" in told.out and "earlier lines are left out" in told.err
+    assert home.run("nodes", "logs", "far", "--lines", "100000", "--json").json["is_cut"]
     findings = {each["name"]: each for each in home.run("nodes", "doctor", "far", "--json").json["findings"]}
     assert findings["agent"]["is_ok"] and findings["environment"]["is_ok"], findings
     assert "the same machine as box" in findings["memory"]["message"]

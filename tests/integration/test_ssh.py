@@ -22,6 +22,7 @@ from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.fabrics.base import Connection, HostPort, NodeAddress, SocketPath
 from arriero.fabrics.ssh import SshFabric
 from arriero.fabrics.ssh_connection import is_open_to_others
+from arriero.fabrics.ssh_dial import Names
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.entropy import SeededEntropy
 from arriero.testing.sshd import SshServer, sshd_path
@@ -117,6 +118,19 @@ async def test_a_given_key_is_shown_before_anything_is_asked(
     (talkative.folder / "authorized_keys").write_bytes(key.export_public_key())
     await works(fabric, known(talkative))
     assert asked(talkative) == ["publickey"]
+
+
+async def test_what_a_machine_says_is_heard_until_it_lets_us_in(
+    fabric: SshFabric, standing: SshServer
+) -> None:
+    times_s: list[float] = []
+    connection = await fabric.connect(known(standing), on_heard=lambda: times_s.append(time.monotonic()))
+    heard = len(times_s)
+    # Its version, the keys that it has, its part of the key exchange, that the login may begin, and its end.
+    assert heard >= 3
+    await connection.run(["true"], timeout_s=10)
+    await connection.aclose()
+    assert len(times_s) == heard
 
 
 async def test_a_machine_that_refuses_the_key_is_asked_what_it_takes(
@@ -357,6 +371,7 @@ async def test_a_way_for_all_hosts_leads_not_over_itself(
 async def test_an_attempt_that_is_given_up_leaves_nobody_on_the_way(
     fabric: SshFabric, standing: SshServer, server: SshServer, ssh_dir: Path, hops: str
 ) -> None:
+    heard: list[str] = []
     with silence() as port:
         (ssh_dir / "config").write_text(
             f'Host jump\n  Port {server.port}\n  IdentityFile "{server.key}"\n'
@@ -365,12 +380,14 @@ async def test_an_attempt_that_is_given_up_leaves_nobody_on_the_way(
         )
         (ssh_dir / "known_hosts").write_text(server.known_hosts_line() + standing.known_hosts_line())
         async with asyncio.TaskGroup() as group:
-            attempt = group.create_task(fabric.connect(NodeAddress("box", key_path=str(standing.key))))
+            address = NodeAddress("box", key_path=str(standing.key))
+            attempt = group.create_task(fabric.connect(address, on_heard=lambda: heard.append("a hop")))
             await until("the last hop asks and gets no answer", lambda: is_asked(port))
             assert logged_in(server)
             attempt.cancel()
         # And with them our ends are gone.
         await until("nobody is logged in", lambda: not logged_in(server) and not logged_in(standing))
+    assert not heard
 
 
 @contextmanager
@@ -475,6 +492,65 @@ async def test_a_refused_port_is_tried_three_times(fabric: SshFabric) -> None:
 async def test_a_name_that_does_not_exist(fabric: SshFabric) -> None:
     error = await refused(fabric, NodeAddress("no-such-host.invalid", user="ana"))
     assert error.code is ErrorCode.NODE_UNREACHABLE
+
+
+async def test_a_name_is_left_asked_for_and_its_first_address_refuses(
+    fabric: SshFabric, standing: SshServer, ssh_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer = list[str](), asyncio.Event()
+
+    async def has_two(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        await answer.wait()
+        ends = [(address, port) for address in ("127.0.0.2", "127.0.0.1")]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", end) for end in ends]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", has_two)
+    (ssh_dir / "config").write_text(f"Host box\n  HostName box.invalid\n  Port {standing.port}\n")
+    (ssh_dir / "known_hosts").write_text(standing.known_hosts_line().replace("127.0.0.1", "box.invalid"))
+    address = NodeAddress("box", key_path=str(standing.key))
+    async with asyncio.TaskGroup() as group:
+        attempt = group.create_task(fabric.connect(address))
+        await until("it is asked for", lambda: bool(asked))
+        attempt.cancel()
+    assert "look-up-box.invalid" in {task.get_name() for task in asyncio.all_tasks()}
+    answer.set()
+    await works(fabric, address)
+    assert set(asked) == {"box.invalid"}
+
+
+async def test_a_name_is_looked_up_once_however_many_wait_or_have_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, asked, answer = asyncio.get_running_loop(), list[str](), asyncio.Event()
+
+    async def asks_who_does_not_answer(host: str, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        await answer.wait()
+        if host == "nobody":
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return []
+
+    monkeypatch.setattr(loop, "getaddrinfo", asks_who_does_not_answer)
+    names = Names()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            given_up = (
+                group.create_task(names.find("box", 22, 0)),
+                group.create_task(names.find("nobody", 22, 0)),
+            )
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            for each in given_up:
+                each.cancel()
+        waits = group.create_task(names.find("box", 22, 0))
+        await asyncio.sleep(0)
+        assert asked == ["box", "nobody"]
+        answer.set()
+        assert await waits == []
+    with pytest.raises(socket.gaierror):
+        await names.find("nobody", 22, 0)
+    assert asked == ["box", "nobody", "nobody"]
 
 
 async def test_a_server_that_never_answers() -> None:

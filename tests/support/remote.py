@@ -112,11 +112,12 @@ class Remote:
             (self.path / "installed-by-arriero.json").write_text(json.dumps({"made": [str(self.path)]}))
         return tag
 
-    def add(self, home: Home, name: str, *more: str) -> cli.Done:
+    def add(self, home: Home, name: str, *more: str, **env: str) -> cli.Done:
         """Have a pool add it."""
         return home.run(
             "nodes", "add", name, "--ssh", self.server.target, "--key", str(self.server.key),
             "--accept-host-key", self.server.fingerprint(), "--install-path", str(self.path), *more,
+            **env,
         )  # fmt: skip
 
     def run_record(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is foretold of a request, for pools in which something is the matter with each machine."""
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -15,10 +16,11 @@ from arriero.contracts.records import NodeRecord, WorkerRecord
 from arriero.contracts.requests import SpawnBody
 from arriero.contracts.states import NodeState, WorkerState
 from arriero.domain.placement import Wants
+from arriero.domain.placement_memory import Needed
 from arriero.orchestrator.explaining import explain
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.nodes import NodeRegistry
-from arriero.orchestrator.provisioning import ModelProvisioner
+from arriero.orchestrator.provisioning import Job, ModelProvisioner
 from arriero.orchestrator.room import RoomFinder
 from arriero.runtime.clock import SystemClock
 from arriero.runtime.settings import Settings
@@ -64,8 +66,8 @@ class Pool:
         self.registry.observe(msgspec.structs.replace(record, **changes))
         return record.worker_id
 
-    def explain(self, model_ref: str = REF, **wants: Any) -> PlacementExplained:
-        return explain(self.views, self.room, Wants(model_ref, **wants))
+    def explain(self, model_ref: str = REF, running: Job | None = None, **wants: Any) -> PlacementExplained:
+        return explain(self.views, self.room, Wants(model_ref, **wants), running)
 
 
 def whys(explained: PlacementExplained) -> dict[str, tuple[str | None, str]]:
@@ -185,6 +187,60 @@ def test_a_machine_that_sleeps_is_woken_where_that_is_sooner_than_what_is_waited
     assert pool.explain().would_wake == "attic"
 
 
+def test_a_machine_that_sleeps_is_woken_for_less_context_where_it_holds_no_more() -> None:
+    small = msgspec.structs.replace(cpu(100), memory_mb=6000)
+    asleep = away(
+        "attic", ErrorCode.NODE_UNREACHABLE, "silent for 3 s", mac=MAC, ram_mb=6000, devices=[small]
+    )
+    explained = Pool(node("andes", 4000), asleep).explain()
+    assert (explained.needed_mb, explained.needed_least_mb, explained.would_wake) == (8468, 4628, "attic")
+
+
+async def test_a_machine_that_sleeps_is_woken_where_the_line_is_longer_than_that_takes() -> None:
+    pool = Pool(node("andes", 4000), away("attic", ErrorCode.NODE_UNREACHABLE, "silent for 3 s", mac=MAC))
+    pool.worker("andes", WorkerState.BUSY, 5000)
+    woken: list[str | None] = []
+    said: list[str] = []
+    async with asyncio.TaskGroup() as group:
+        waiting = []
+        for number in range(2):
+            finding = pool.room.find(
+                Wants(f"hf:o/{number}"), lambda step: said.append(step.message), needed=Needed(8000, 8000)
+            )
+            waiting.append(group.create_task(finding))
+            await asyncio.sleep(0)
+            woken.append(pool.explain().would_wake)
+        for task in waiting:
+            task.cancel()
+    assert woken == [None, "attic"], "the second one's turn comes after 60 s, the third one's after 90"
+    assert [text.split("requests there, ")[1] for text in said] == ["30 s at most", "60 s at most"]
+
+
+async def test_a_worker_that_is_being_made_is_joined_by_who_asks_in_the_same_way() -> None:
+    pool = Pool(node("andes", 4000), starvation_s=30.0)
+    pool.worker("andes", WorkerState.BUSY, 5000)
+    async with asyncio.TaskGroup() as group:
+        provisioner = ModelProvisioner(pool.registry, pool.room, group, SystemClock())
+        assert provisioner.running(Wants(REF)) is None
+        job = provisioner.job(Wants(REF))
+        job.followers.append(Wants(REF))
+        begun = pool.explain(running=provisioner.running(Wants(REF)))
+        assert begun.message.endswith("joins the worker being made: its place is being looked for")
+        await asyncio.sleep(0)
+        explained = pool.explain(running=provisioner.running(Wants(REF, excluded=frozenset({"w-1"}))))
+        elsewhere = provisioner.running(Wants(REF, node="andes"))
+        taken = pool.worker("andes", WorkerState.LOADING, 0, model_ref=REF)
+        chosen = pool.explain(running=job)
+        assert job.task is not None
+        job.task.cancel()
+    assert elsewhere is None and (explained.node, explained.code) == ("andes", None)
+    assert explained.would_join is not None and not explained.would_evict and not explained.refused_nodes
+    waits = f"andes has 3.9 GiB free, {REF} needs 8.3 GiB: waits while hf:o/other has requests there, 30 s at most"
+    assert explained.would_join.message == waits
+    assert explained.message == f"no worker has {REF}; joins the worker being made on andes: {waits}"
+    assert (chosen.worker_id, chosen.would_join) == (taken, None)
+
+
 @given(
     names=st.sets(st.sampled_from([record.name for record in TROUBLED])),
     is_sound=st.booleans(),
@@ -215,8 +271,6 @@ def test_every_machine_has_a_rank_or_a_reason(
 
 
 async def test_nothing_is_stopped_for_a_worker_that_its_machine_could_not_start() -> None:
-    import asyncio
-
     pool = Pool(node("andes", 4000), node("cusco", 3000), holders=("cusco",), starvation_s=0.1)
     pool.worker("andes", WorkerState.IDLE, 5000)
     async with asyncio.TaskGroup() as group:

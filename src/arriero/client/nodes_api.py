@@ -11,7 +11,7 @@ from arriero.client.caller import Caller
 from arriero.client.connection import FailureCodes
 from arriero.contracts.errors import ArrieroError, ErrorCode, ErrorResponse, from_body
 from arriero.contracts.events import NodeDone, NodeProgress, NodeStep
-from arriero.contracts.records import Finding, FindingList, NodeList, NodeRecord
+from arriero.contracts.records import CUT_HEADER, Finding, FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 
 #: A person's request: what the orchestrator says is what counts.
@@ -66,12 +66,12 @@ class NodeCalls(Caller):
         """Have a machine looked over: every file of its installation is read."""
         return self.call("GET", _path(name) + "/doctor", FindingList, timeout_s=EXAMINED_S).findings
 
-    def node_log(self, name: str, lines: int) -> bytes:
-        """Return the last lines of the log of a machine's agent."""
+    def node_log(self, name: str, lines: int) -> tuple[bytes, bool]:
+        """Return the last lines of the log of a machine's agent; and whether earlier ones are left out."""
         answer = self.raw("GET", f"{_path(name)}/logs?lines={lines}", timeout_s=CONNECTED_S)
         if answer.status >= 400:
             raise from_body(msgspec.json.decode(answer.content, type=ErrorResponse).error)
-        return answer.content
+        return answer.content, CUT_HEADER in answer.headers
 
     def _worked(self, method: str, path: str, on_step: OnStep, body: object = None) -> NodeDone:
         """Follow a piece of work to its end; closing early takes it back."""

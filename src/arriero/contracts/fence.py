@@ -49,6 +49,12 @@ def number_in(details: Mapping[str, object]) -> int:
     return number if isinstance(number, int) and 0 < number <= FENCE_NUMBER_MAX else 0
 
 
+def silent_s_in(details: Mapping[str, object]) -> float:
+    """Return for how long, as a refusal tells, the holder has been silent; 0: it is not, or nobody tells."""
+    told = details.get("silent_s")
+    return told if isinstance(told, int | float) and told > 0 else 0.0
+
+
 def holder_id(random_hex: str) -> str:
     """Return a holder's id from at least 16 random hex digits."""
     return random_hex[:HOLDER_DIGITS]

@@ -61,13 +61,22 @@ class Evicted(msgspec.Struct, frozen=True, kw_only=True):
     is_busy: bool = False
 
 
+class BeingMade(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that is being made for others already."""
+
+    #: Where; None: its place is being looked for.
+    node: str | None
+    #: The last step that was told of it.
+    message: str
+
+
 class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
     """What would happen to a request now."""
 
     model_ref: str = ""
     #: The worker that would take it; None: a new one is needed.
     worker_id: str | None
-    #: The node that would take a new worker; None: there is a worker, or no node can.
+    #: The node that would take a new worker, or has one made; None: there is a worker, or no node can.
     node: str | None
     code: str | None
     message: str
@@ -79,6 +88,9 @@ class PlacementExplained(msgspec.Struct, frozen=True, kw_only=True):
     needed_least_mb: int | None = None
     workers: list[WorkerCandidate] = []
     nodes: list[NodeCandidate] = []
+    #: The worker being made that the request would wait for together with others; what is told of nodes is
+    #: of one more beside it.
+    would_join: BeingMade | None = None
     would_evict: list[Evicted] = []
     #: The node whose workers load or end now, and would be waited for.
     would_wait_for: str | None = None

@@ -3,6 +3,8 @@
 The same from agent, orchestrator and `--json`.  Contracts only grow: new fields have defaults.
 """
 
+from typing import Final
+
 import msgspec
 
 from arriero.contracts.errors import ErrorBody
@@ -396,6 +398,10 @@ class NodeList(msgspec.Struct, frozen=True):
     """`GET /v1/nodes`."""
 
     nodes: list[NodeRecord]
+
+
+#: Of `GET /v1/nodes/{name}/logs`: earlier lines than those that were sent are left out.
+CUT_HEADER: Final = "x-arriero-cut"
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,7 +77,7 @@ def decide(ways: Ways, needed: Needed | None, *, may_wait: bool = True) -> Decis
 
     Room that is there, then room that idle workers make; then with less context; then, where
     `may_wait`, room that is made by those that compute, or a machine that is woken, whichever comes
-    sooner; then both again for the least context.
+    sooner; then all of these again for the least context.
     """
     if needed is None:
         if (node := ways.best(None)) is not None:
@@ -92,15 +92,19 @@ def decide(ways: Ways, needed: Needed | None, *, may_wait: bool = True) -> Decis
         return Fit(node, needed.least_mb, is_reduced=True)
     if not may_wait:
         return _evict(ways, needed.least_mb, IDLE_ONLY) if has_less else None
-    wait = _wait(ways, needed.full_mb)
+    later = _later(ways, needed.full_mb)
+    if later is not None or not has_less:
+        return later
+    return _evict(ways, needed.least_mb, IDLE_ONLY) or _later(ways, needed.least_mb)
+
+
+def _later(ways: Ways, needed_mb: int) -> Decision:
+    """Return room that those make that compute, or a machine that is woken, whichever comes sooner."""
+    wait = _wait(ways, needed_mb)
     if isinstance(wait, Evict) and wait.verdict.turn is not Turn.WAIT:
         return wait
-    asleep = _wake(ways, needed.full_mb)
-    if asleep is not None and _is_sooner(asleep, wait):
-        return asleep
-    if wait is not None or not has_less:
-        return wait
-    return _evict(ways, needed.least_mb, IDLE_ONLY) or _wait(ways, needed.least_mb)
+    asleep = _wake(ways, needed_mb)
+    return asleep if asleep is not None and _is_sooner(asleep, wait) else wait
 
 
 def _is_sooner(asleep: Wake, wait: Evict | Hold | None) -> bool:

@@ -279,14 +279,19 @@ class Connection(Protocol):
 
 #: Hears why an attempt failed.
 OnRetry: TypeAlias = Callable[[ArrieroError], None]
+#: Hears that the machine said something.
+OnHeard: TypeAlias = Callable[[], None]
 
 
 class Fabric(Protocol):
     """A way to reach machines."""
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Return a connection to a machine; `on_retry` hears why an attempt failed that another one follows.
 
+        `on_heard` hears all that comes from the machine itself until we are logged in.
         Raises NODE_UNREACHABLE, SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, SSH_HOST_KEY_UNKNOWN,
         SSH_HOST_KEY_CHANGED.
         """

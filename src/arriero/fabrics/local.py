@@ -17,6 +17,7 @@ from arriero.fabrics.base import (
     HostPort,
     LocalEnd,
     NodeAddress,
+    OnHeard,
     OnRetry,
     SocketPath,
 )
@@ -39,7 +40,9 @@ class LocalFabric:
         self._entropy = entropy
         self._home = home
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Return a connection to this machine."""
         return LocalConnection(self._entropy, self._home or Path.home())
 

@@ -10,7 +10,8 @@ from typing import Final, cast
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.domain import backoff
-from arriero.fabrics.base import Connection, NodeAddress, OnRetry
+from arriero.fabrics.base import Connection, NodeAddress, OnHeard, OnRetry
+from arriero.fabrics.ssh_dial import Names
 from arriero.runtime.clock import Clock
 from arriero.runtime.entropy import Entropy
 
@@ -40,11 +41,15 @@ class SshFabric:
         self._entropy = entropy
         self._sockets_dir = sockets_dir
         self._connect_timeout_s = connect_timeout_s
+        self._names = Names()
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Return a connection to a machine, after up to three attempts where it does not answer.
 
-        `on_retry` hears why one failed, before the next.
+        `on_retry` hears why one failed, before the next; `on_heard` all that comes from the machine itself
+        until it let us in.
         Raises SSH_HOST_KEY_UNKNOWN or SSH_HOST_KEY_CHANGED (details: fingerprint, key_type),
         SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, NODE_UNREACHABLE; INVALID_SETTINGS if ~/.ssh/config cannot be read.
         """
@@ -62,6 +67,8 @@ class SshFabric:
                         entropy=self._entropy,
                         sockets_dir=self._sockets_dir,
                         timeout_s=self._connect_timeout_s,
+                        names=self._names,
+                        on_heard=on_heard,
                     ),
                 )
             except ArrieroError as error:

@@ -10,9 +10,11 @@ import asyncssh
 from asyncssh.packet import SSHPacket
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
-from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.base import NodeAddress, OnHeard
 from arriero.fabrics.ssh import KEY_OPTION
 from arriero.fabrics.ssh_connection import Gone, SshConnection, reason_of
+from arriero.fabrics.ssh_dial import Names
+from arriero.fabrics.ssh_heard import hear, hear_no_more
 from arriero.fabrics.ssh_key_first import show_key_first
 from arriero.fabrics.ssh_way import (
     NO_KNOWN_HOSTS,
@@ -64,7 +66,8 @@ class Presented:
 class _Client(asyncssh.SSHClient):
     """Decides on host keys that known_hosts does not hold, and tells when the connection is gone."""
 
-    def __init__(self, address: NodeAddress, gone: Gone) -> None:
+    def __init__(self, address: NodeAddress, gone: Gone, on_heard: OnHeard | None) -> None:
+        self._on_heard = on_heard
         self._pinned = address.host_key
         self._is_key_given = address.key_path is not None
         self._gone = gone
@@ -72,8 +75,10 @@ class _Client(asyncssh.SSHClient):
         self.presented: Presented | None = None
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        """Know whose the login is."""
+        """Know whose the login is, and hear what comes."""
         self._connection = conn
+        if self._on_heard is not None:
+            hear(conn, self._on_heard)
 
     def begin_auth(self, username: str) -> None:
         """Show the key that was given for the machine, before anything is asked."""
@@ -87,6 +92,11 @@ class _Client(asyncssh.SSHClient):
         assert self._connection is not None
         self.presented = Presented(key, host, addr, port, _offered(self._connection))
         return False
+
+    def auth_completed(self) -> None:
+        """Hear no more."""
+        if self._connection is not None:
+            hear_no_more(self._connection)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell why the connection is gone."""
@@ -104,16 +114,23 @@ def _offered(connection: asyncssh.SSHClientConnection) -> Sequence[str]:
 
 
 async def log_in(
-    address: NodeAddress, *, entropy: Entropy, sockets_dir: Path, timeout_s: float
+    address: NodeAddress,
+    *,
+    entropy: Entropy,
+    sockets_dir: Path,
+    timeout_s: float,
+    names: Names,
+    on_heard: OnHeard | None = None,
 ) -> SshConnection:
-    """Return a connection that is logged in.
+    """Return a connection that is logged in.  `on_heard` hears what comes from the machine until then.
 
     Raises SSH_HOST_KEY_UNKNOWN, SSH_HOST_KEY_CHANGED, SSH_KEY_UNUSABLE, SSH_AUTH_FAILED, NODE_UNREACHABLE,
     INVALID_SETTINGS.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            connection, gone = await _trusted(address, await asyncio.to_thread(_Trust, address))
+            trust = await asyncio.to_thread(_Trust, address)
+            connection, gone = await _trusted(address, trust, names, on_heard)
     except TimeoutError as error:
         raise _unreachable(address, f"no login within {timeout_s:g} s") from error
     except (asyncssh.Error, OSError, ValueError, RuntimeError) as error:
@@ -155,13 +172,15 @@ class _Trust:
         return [key.get_algorithm() for key in found[0]], bool(found[1])
 
 
-async def _trusted(address: NodeAddress, trust: _Trust) -> "_LoggedIn":
+async def _trusted(
+    address: NodeAddress, trust: _Trust, names: Names, on_heard: OnHeard | None
+) -> "_LoggedIn":
     first: Presented | None = None
     tried: list[str] = []
     algorithms = trust.algorithms()
     while True:
         try:
-            return await _open(address, trust, algorithms)
+            return await _open(address, trust, algorithms, names, on_heard)
         except _NotTrusted as error:
             # A machine has keys of several kinds; the one that is trusted need not be shown first.
             first = first or error.presented
@@ -187,13 +206,15 @@ class _NotTrusted(Exception):
 _LoggedIn: TypeAlias = tuple[asyncssh.SSHClientConnection, Gone]
 
 
-async def _open(address: NodeAddress, trust: _Trust, algorithms: Sequence[str]) -> _LoggedIn:
+async def _open(
+    address: NodeAddress, trust: _Trust, algorithms: Sequence[str], names: Names, on_heard: OnHeard | None
+) -> _LoggedIn:
     """Connect once, and accept host keys of these kinds alone."""
     gone = Gone()
-    client = _Client(address, gone)
+    client = _Client(address, gone, on_heard)
     try:
         connection = await connect_over(
-            await open_way(address),
+            await open_way(address, names),
             address,
             client_keys=_keys(address),
             client_factory=lambda: client,

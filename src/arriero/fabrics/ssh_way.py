@@ -12,6 +12,7 @@ import asyncssh
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.fabrics.base import NodeAddress
+from arriero.fabrics.ssh_dial import Dial, Names
 
 KEEPALIVE_EVERY_S: Final = 1.0
 #: Asked and not answered so often, the connection is given up when the next one is due: after 3 s.
@@ -21,27 +22,35 @@ SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
 NO_KNOWN_HOSTS: Final[Any] = ([], [], [])
 
 
-#: Nothing: the configuration names no host on the way; None: it is known that there is none.
-Way: TypeAlias = asyncssh.SSHClientConnection | tuple[()] | None
+#: What the library goes over: a host on the way, or our own steps to the machine; nothing leaves it to the
+#: library, and None as well, but it may not look for hosts on the way.
+Way: TypeAlias = asyncssh.SSHClientConnection | Dial | tuple[()] | None
 
 
-async def open_way(address: NodeAddress, sought: frozenset[str] = frozenset()) -> Way:
-    """Return a connection to the last host on the way to a machine.  Give it to `connect_over` at once.
+async def open_way(address: NodeAddress, names: Names, sought: frozenset[str] = frozenset()) -> Way:
+    """Return what leads to a machine: a connection to the last host on the way, where there is one.
 
-    `sought`: those to which this way leads in the end.
+    Give it to `connect_over` at once.  `sought`: those to which this way leads in the end.
     """
     options = await asyncio.to_thread(configured, address)
     sought |= {address.host}
     jumps = _jumps_of(options.tunnel)
     if any(jump.host in sought for jump in jumps):
         # As a `ProxyJump` for all hosts, of which that one is one.
-        return None
-    way: Way = ()
+        return Dial(names, options.family) if _is_plain(options) else None
+    way: Way = Dial(names, options.family) if _is_plain(options) else ()
     for index, jump in enumerate(jumps):
         if index == 0:
-            way = await open_way(jump, sought)
+            way = await open_way(jump, names, sought)
         way = await connect_over(way, jump)
     return way
+
+
+def _is_plain(options: asyncssh.SSHClientConnectionOptions) -> bool:
+    """Return whether nothing but a name's address is to be found out to reach a host."""
+    more = (options.proxy_command, options.local_addr)
+    later = (options.canonicalize_hostname, options.config.has_match_final())
+    return not any((*more, *later))
 
 
 async def connect_over(way: Way, address: NodeAddress, **options: Any) -> asyncssh.SSHClientConnection:
@@ -57,10 +66,10 @@ async def connect_over(way: Way, address: NodeAddress, **options: Any) -> asyncs
             keepalive_count_max=KEEPALIVES_UNANSWERED_MAX,
         )
     except BaseException:
-        if way:
+        if isinstance(way, asyncssh.SSHClientConnection):
             way.close()
         raise
-    if way:
+    if isinstance(way, asyncssh.SSHClientConnection):
         connection.set_tunnel(way)
         # It may be gone already, and has ended all that it knew of.
         if connection.is_closed():

@@ -13,8 +13,9 @@ from typing import Final
 
 import msgspec
 
-from arriero.contracts.errors import ArrieroError, ErrorCode, fail
+from arriero.contracts.errors import ArrieroError, ErrorCode, fail, from_body
 from arriero.contracts.events import JOINED, NodeDone, NodeStep
+from arriero.contracts.records import Capabilities
 from arriero.contracts.requests import NodeAddBody
 from arriero.contracts.states import NodeState
 from arriero.contracts.version import __version__
@@ -26,10 +27,11 @@ from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
 from arriero.orchestrator.reach import (
-    address_of,
     ask_capabilities,
     connected,
-    reached_again,
+    connected_again,
+    first_words,
+    is_anothers,
     read_run_record,
 )
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
@@ -42,8 +44,6 @@ from arriero.runtime.tasks import Changed
 READY_TIMEOUT_S: Final = 30.0
 #: So long, at most, is spent on taking back what failed.
 ROLLBACK_TIMEOUT_S: Final = 60.0
-#: Of that, so long for a machine to be reached again: its sshd may be starting anew.
-REACHED_AGAIN_S: Final = 20.0
 #: Whether ports of a machine can be spoken to does not depend on which.
 ANY_PORT: Final = 9
 
@@ -53,9 +53,17 @@ class Begun:
     """What a machine was like before, and what has been done to it since."""
 
     survey: Survey
-    had_agent: bool
+    #: What the agent that ran there told of itself; None if none answered.
+    agent: Capabilities | None
     #: None until it has come to its end.
     installation: Installation | None = None
+
+    def has_older_agent(self) -> bool:
+        """Return whether what runs there, if anything does, is not what has been installed now."""
+        found, installed = self.survey, self.installation
+        assert installed is not None, "it has come to its end"
+        is_exchanged = found.current is not None and found.current != installed.tag
+        return is_exchanged or (self.agent is not None and self.agent.version != installed.version)
 
     def half_installed(self) -> Installation:
         """Return what a connection that broke in the middle may have left."""
@@ -187,11 +195,13 @@ class Adding:
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 # Before anything is put there.
                 await connection.check_port(ANY_PORT)
-                begun = Begun(survey, had_agent=await self._answers_already(entry, connection))
+                begun = Begun(survey, await self._answers_already(entry, connection))
                 async with self._taken_back(entry, begun, tell):
                     begun.installation = await self._machines.install(
                         connection, survey, tell, carry=body.carry
                     )
+                    if begun.has_older_agent():
+                        await self._machines.stop(connection, survey.install_path, tell)
                     await self._machines.start(connection, survey.install_path, entry.name, tell)
                     node = await self._joined(entry, connection, tell)
                 # From here on nothing is taken back.
@@ -199,8 +209,8 @@ class Adding:
                 await fit_engine(node, tell)
         return NodeDone(message=f"{entry.name} is part of the pool", node=node.record())
 
-    async def _answers_already(self, entry: NodeEntry, connection: Connection) -> bool:
-        """Return whether an agent runs there.
+    async def _answers_already(self, entry: NodeEntry, connection: Connection) -> Capabilities | None:
+        """Return what the agent there tells of itself; None if none answers.
 
         Raises LEASE_SUPERSEDED if another orchestrator holds it, NODE_ALREADY_EXISTS if we do, for a node
         that is reached by another address: two of our links would take it from each other for ever.
@@ -209,13 +219,12 @@ class Adding:
             there = await ask_capabilities(entry, connection, self._http, self._store)
             record = await read_run_record(entry, connection)
         except ArrieroError as error:
-            holder = error.details.get("holder")
-            if error.code is ErrorCode.LEASE_SUPERSEDED and holder != self._store.holder_id:
+            if is_anothers(error, self._store):
                 error.details["suggested_action"] = (
                     "remove it there first, or give another --install-path here: then each has an agent"
                 )
                 raise
-            return False
+            return None
         for node in self._registry.nodes():
             is_held_there = node.agent is not None and node.agent.token == record.token
             # A node that was not reached since our own start is known by the name that its agent bears.
@@ -227,7 +236,7 @@ class Adding:
                     suggested_action=f"`arriero nodes update {node.name} --ssh {shlex.quote(entry.ssh)}` "
                     "has it reached by this address",
                 )
-        return True
+        return there
 
     @contextlib.asynccontextmanager
     async def _taken_back(self, entry: NodeEntry, begun: Begun, tell: Tell) -> AsyncIterator[None]:
@@ -258,13 +267,8 @@ class Adding:
                 if self._registry.find(name) is not None:
                     await self._membership.forget(name)
                 # A connection of its own: the other one may be what failed.
-                connection = await reached_again(
-                    self._fabric, address_of(entry), self._clock, patience_s=REACHED_AGAIN_S
-                )
-                try:
+                async with connected_again(self._fabric, entry, self._clock) as connection:
                     await self._undo(begun, connection, tell)
-                finally:
-                    await connection.aclose()
         except (ArrieroError, TimeoutError) as error:
             why = error.message if isinstance(error, ArrieroError) else "it took too long"
             self._log.error("not taken back", node=name, why=why)
@@ -276,15 +280,18 @@ class Adding:
 
     async def _undo(self, begun: Begun, connection: Connection, tell: Tell) -> None:
         installed = begun.installation or begun.half_installed()
-        if installed.is_new:
+        if installed.is_new or installed.previous is not None:
             await self._machines.roll_back(connection, installed, tell)
-        elif not begun.had_agent:
+        elif begun.agent is None:
             await self._machines.remove(connection, installed.install_path, tell, purge=False)
+        if begun.agent is not None:
+            # Its own name: whoever knew it does not know ours.
+            await self._machines.start(connection, installed.install_path, begun.agent.name, tell)
 
     async def _joined(self, entry: NodeEntry, connection: Connection, tell: Tell) -> Node:
         """Register a machine whose agent runs, and wait until it is held."""
         # Asked over this connection, so that nothing is registered that does not answer.
-        capabilities = await ask_capabilities(entry, connection, self._http, self._store)
+        capabilities = await first_words(entry, connection, self._http, self._store, self._clock)
         tell(
             NodeStep(
                 step="health",
@@ -302,6 +309,11 @@ class Adding:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 while node.state is NodeState.JOINING or node.state is NodeState.UNREACHABLE:
+                    if node.error is not None and node.error.code == ErrorCode.VERSION_MISMATCH:
+                        # Waiting does not mend it, nor what is advised for a node: it is taken back.
+                        unfit = from_body(node.error)
+                        unfit.details.pop("suggested_action", None)
+                        raise unfit
                     await self._registry.changed.wait()
         except TimeoutError as error:
             why = node.error.message if node.error is not None else "its agent does not tell of itself"

@@ -76,7 +76,8 @@ class Orchestrator:
 
     def explain(self, wants: Wants) -> PlacementExplained:
         """Return where a request would go now, and why nowhere else."""
-        return explain(self.registry.views, self.provisioner.room, wants)
+        running = self.provisioner.running(wants)
+        return explain(self.registry.views, self.provisioner.room, wants, running)
 
     def node_for_download(self, wants: Wants) -> Node:
         """Return the node that a model is to be fetched to.  Raises why there is none."""

@@ -1,6 +1,8 @@
 """How is it told where a request would go, and why nowhere else?"""
 
+from arriero.contracts.events import TaskPlacing
 from arriero.contracts.placements import (
+    BeingMade,
     Evicted,
     NodeCandidate,
     PlacementExplained,
@@ -12,12 +14,16 @@ from arriero.domain.placement_decision import Decision, Evict, Hold, Wake
 from arriero.domain.placement_eviction import Eviction, Stage
 from arriero.domain.placement_wants import count
 from arriero.domain.placement_workers import chosen, worker_rank, worker_refusal
+from arriero.orchestrator.provisioning import Job
 from arriero.orchestrator.room import RoomFinder
 from arriero.orchestrator.views import PoolViews
 
 
-def explain(views: PoolViews, room: RoomFinder, wants: Wants) -> PlacementExplained:
-    """Return what would happen to a request now, with all numbers; nothing is done."""
+def explain(views: PoolViews, room: RoomFinder, wants: Wants, running: Job | None) -> PlacementExplained:
+    """Return what would happen to a request now, with all numbers; nothing is done.
+
+    `running`: the job that the request would join if no worker takes it.
+    """
     known = views.workers.of_model(wants.model_ref)
     worker = choose_worker(known, wants)
     best = views.workers.best(wants)
@@ -25,27 +31,45 @@ def explain(views: PoolViews, room: RoomFinder, wants: Wants) -> PlacementExplai
         worker = chosen(best, worker.refused)
     foreseen = room.foresee(wants)
     choice = foreseen.choice
-    is_new = worker.worker_id is None
+    joined = _being_made(running) if running is not None and worker.worker_id is None else None
+    is_new = worker.worker_id is None and joined is None
     needed = foreseen.needed
     then = foreseen.decision if is_new else None
     wakes = then.node if isinstance(then, Wake) else None
+    message = worker.message
+    if joined is not None:
+        message += f"; joins the worker being made{_on(joined.node)}: {joined.message}"
+    elif is_new:
+        message += f"; {choice.message}{_then(views, then)}"
     return PlacementExplained(
         model_ref=wants.model_ref,
         worker_id=worker.worker_id,
-        node=choice.node if is_new else None,
+        node=joined.node if joined is not None else choice.node if is_new else None,
         code=choice.code.value if is_new and choice.code is not None else None,
-        message=f"{worker.message}; {choice.message}{_then(views, then)}" if is_new else worker.message,
+        message=message,
         refused_workers=[_refused(refusal) for refusal in worker.refused],
         refused_nodes=[_refused(refusal) for refusal in choice.refused] if is_new else [],
         needed_mb=needed.full_mb if needed is not None else None,
         needed_least_mb=needed.least_mb if needed is not None else None,
         workers=_workers(known, wants),
         nodes=[_node(views, candidate) for candidate in foreseen.candidates],
+        would_join=joined,
         would_evict=_evicted(views, then.plan) if isinstance(then, Evict) else [],
         would_wait_for=then.plan.node if isinstance(then, Hold) else None,
         would_wake=wakes.name if wakes is not None else None,
         wake_cost_s=wakes.wake_cost_s if wakes is not None else None,
     )
+
+
+def _being_made(job: Job) -> BeingMade:
+    if not job.steps:
+        return BeingMade(node=None, message="its place is being looked for")
+    step = job.steps[-1][1]
+    return BeingMade(node=step.node if isinstance(step, TaskPlacing) else step.actor, message=step.message)
+
+
+def _on(node: str | None) -> str:
+    return f" on {node}" if node is not None else ""
 
 
 def _then(views: PoolViews, then: Decision) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
 from arriero.contracts.events import AgentEvent, AgentSnapshot, WorkerChanged
-from arriero.contracts.fence import number_in
+from arriero.contracts.fence import number_in, silent_s_in
 from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.version import API_VERSION, __version__
 from arriero.domain import backoff
@@ -155,7 +155,7 @@ class NodeLink:
                 if error.code in _LASTING and self._node is not None:
                     self._registry.unreachable(self._node, error)
                     # A holder that is silent may be about to be gone.
-                    await self._clock.sleep_s(RETRY_S_MAX if _silent_s(error) else LASTING_RETRY_S)
+                    await self._clock.sleep_s(RETRY_S_MAX if silent_s_in(error.details) else LASTING_RETRY_S)
                     continue
                 delay_s = backoff.delay_s(attempt, self._entropy.chance(), cap_s=RETRY_S_MAX)
                 await self._clock.sleep_s(max(delay_s, 0.02))
@@ -168,7 +168,7 @@ class NodeLink:
         It may be one with our own id, from a copy of our database: taking the node back at once, the two
         would cancel each other's streams for ever.  The old number is asked with until that one is silent.
         """
-        return self._was_held and _silent_s(error) == 0
+        return self._was_held and silent_s_in(error.details) == 0
 
     async def _hold_once(self) -> None:
         line = await self._reach.line()
@@ -335,9 +335,3 @@ def _speaker(data: str, record: RunRecord) -> Capabilities:
         name=speaker.name, version=speaker.version or record.version, api_version=0, backends=[], devices=[],
         engines={}, ram_mb=0, ram_free_mb=0, disk_free_mb=0, cpu_cores=0, os="", arch="",
     )  # fmt: skip
-
-
-def _silent_s(error: ArrieroError) -> float:
-    """Return for how long, as a refusal tells, the holder has been silent; 0: it is not, or nobody tells."""
-    told = error.details.get("silent_s")
-    return told if isinstance(told, int | float) and told > 0 else 0.0

@@ -60,6 +60,10 @@ class JobKey:
     labels: tuple[tuple[str, str], ...]
 
 
+def _key(wants: Wants) -> JobKey:
+    return JobKey(wants.model_ref, wants.node, wants.backend, wants.device, wants.labels)
+
+
 class Job:
     """One worker being made: followed by any number of requests."""
 
@@ -73,7 +77,7 @@ class Job:
         #: What the requests ask for that wait for it.
         self.followers: list[Wants] = []
         self.is_downloading = False
-        #: Waits for room, or for a machine to wake.
+        #: Waits for room, for a machine to wake, or for news of what was fetched.
         self.is_waiting = False
         self.task: asyncio.Task[None] | None = None
 
@@ -130,7 +134,7 @@ class ModelProvisioner:
 
     def job(self, wants: Wants) -> Job:
         """Return the running job for these wants; start it if there is none."""
-        key = JobKey(wants.model_ref, wants.node, wants.backend, wants.device, wants.labels)
+        key = _key(wants)
         job = self._jobs.get(key)
         if job is None:
             job = Job(replace(wants, excluded=frozenset()))
@@ -138,6 +142,10 @@ class ModelProvisioner:
             name = f"provision-{wants.model_ref[:40]}"
             job.task = self._group.create_task(self._run(key, job), name=name)
         return job
+
+    def running(self, wants: Wants) -> Job | None:
+        """Return the running job for these wants, or None."""
+        return self._jobs.get(_key(wants))
 
     def left(self, job: Job, wants: Wants) -> None:
         """Take note that a request waits no more.
@@ -225,7 +233,11 @@ class ModelProvisioner:
         async def fetch(node_name: str) -> None:
             node = self._registry.reachable(node_name)
             await self._download(node, job)
-            await self._heard_of(node, job.wants.model_ref)
+            job.is_waiting = True
+            try:
+                await self._heard_of(node, job.wants.model_ref)
+            finally:
+                job.is_waiting = False
 
         async def start(found: Found) -> WorkerRecord:
             return await self._provision_on(job, found)

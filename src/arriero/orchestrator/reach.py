@@ -6,6 +6,7 @@ makes lines, and finds the agent at their other end.
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
@@ -14,7 +15,7 @@ import msgspec
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeStep
-from arriero.contracts.fence import FENCE_HEADER, Fence, number_in
+from arriero.contracts.fence import FENCE_HEADER, Fence, number_in, silent_s_in
 from arriero.contracts.records import Capabilities, RunRecord
 from arriero.fabrics.base import Connection, Fabric, LocalEnd, NodeAddress, SocketPath
 from arriero.fabrics.ssh import check_key_file
@@ -32,6 +33,13 @@ RUN_FILE_BYTES_MAX: Final = 65_536
 #: No divisor of a second: what is sent again goes between the new ones.
 ATTEMPT_EVERY_S: Final = 0.4
 ATTEMPTS_AT_ONCE: Final = 10
+#: One that gets answers is let alone while they come: another one would be no faster, and a server counts
+#: those that hang up before they are logged in, and shuts out who does so often.
+HEARD_S: Final = 1.0
+#: So long a machine that was there a moment ago is tried: its sshd may be starting anew.
+REACHED_AGAIN_S: Final = 20.0
+#: So long, at most, is waited for one that held a machine, and is silent, to lose it.
+BACK_S: Final = 30.0
 #: Each end is a socket of ours: one machine must not take those of all others.
 ENDS_MAX: Final = 256
 
@@ -195,7 +203,7 @@ class SshReach:
         self._is_known_untried = False
 
     async def line(self) -> Line:
-        """Return the line that holds, else connect: several attempts run beside each other."""
+        """Return the line that holds, else connect: several attempts run while none gets answers."""
         if self._line is None:
             connection = await self._connect()
             try:
@@ -234,12 +242,17 @@ class SshReach:
         failed: ArrieroError | None = None
         done = asyncio.Event()
         running = 0
+        heard_s = -math.inf
+
+        def heard() -> None:
+            nonlocal heard_s
+            heard_s = self._clock.monotonic_s()
 
         async def attempt() -> None:
             nonlocal found, failed, running
             running += 1
             try:
-                connection = await self._fabric.connect(address)
+                connection = await self._fabric.connect(address, on_heard=heard)
                 if found is None:
                     found = connection
                 else:
@@ -254,7 +267,8 @@ class SshReach:
             async with asyncio.TaskGroup() as group:
                 tasks = []
                 while found is None and failed is None:
-                    if running < ATTEMPTS_AT_ONCE:
+                    is_silent = self._clock.monotonic_s() - heard_s >= HEARD_S
+                    if is_silent and running < ATTEMPTS_AT_ONCE:
                         tasks.append(group.create_task(attempt(), name=f"connect-{self._entry.name}"))
                     waiter = group.create_task(done.wait(), name="connected")
                     tick = group.create_task(self._clock.sleep_s(ATTEMPT_EVERY_S), name="next-attempt")
@@ -329,6 +343,29 @@ async def ask_capabilities(
             await line.shut(record.url)
 
 
+async def first_words(
+    entry: NodeEntry, connection: Connection, http: Http, leases: Leases, clock: Clock
+) -> Capabilities:
+    """Return what an agent tells of itself that was started just now, as `ask_capabilities` does.
+
+    Who held the one before it has some seconds to come back, and it refuses all others meanwhile (ADR 13).
+    """
+    deadline_s = clock.monotonic_s() + BACK_S
+    while True:
+        try:
+            return await ask_capabilities(entry, connection, http, leases)
+        except ArrieroError as error:
+            may_be_gone = is_anothers(error, leases) and silent_s_in(error.details) > 0
+            if not may_be_gone or clock.monotonic_s() >= deadline_s:
+                raise
+        await clock.sleep_s(ATTEMPT_EVERY_S)
+
+
+def is_anothers(error: ArrieroError, leases: Leases) -> bool:
+    """Return whether an agent refused us since another orchestrator holds its machine."""
+    return error.code is ErrorCode.LEASE_SUPERSEDED and error.details.get("holder") != leases.holder_id
+
+
 def told_of_node(error: ArrieroError, name: str) -> ArrieroError:
     """Return an error with advice for a registered node: commands that bear its name."""
     error.details.setdefault("node", name)
@@ -354,6 +391,19 @@ async def reached_again(
             if error.code is not ErrorCode.NODE_UNREACHABLE or clock.monotonic_s() >= deadline_s:
                 raise
         await clock.sleep_s(ATTEMPT_EVERY_S)
+
+
+@contextlib.asynccontextmanager
+async def connected_again(fabric: Fabric, entry: NodeEntry, clock: Clock) -> AsyncIterator[Connection]:
+    """Hold a connection of its own to a machine that was there a moment ago.
+
+    Raises what connecting raises.
+    """
+    connection = await reached_again(fabric, address_of(entry), clock, patience_s=REACHED_AGAIN_S)
+    try:
+        yield connection
+    finally:
+        await connection.aclose()
 
 
 @contextlib.asynccontextmanager

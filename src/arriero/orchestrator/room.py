@@ -6,6 +6,7 @@ node's memory has it first.
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn
@@ -190,7 +191,7 @@ class RoomFinder:
                 changed = self._registry.changed.next()
                 pause_s = len(self._line) / LOOKS_PER_S
                 await self._clock.sleep_s(pause_s)
-                look_s = LOOK_S if self._is_first(waiter) else LOOK_BEHIND_S
+                look_s = LOOK_BEHIND_S if self._before(waiter) else LOOK_S
                 await self._changed(min(step.again_s, look_s) - pause_s, changed)
         finally:
             self._line.remove(waiter)
@@ -229,7 +230,7 @@ class RoomFinder:
         models = sorted({record.model_ref for record in map(self._registry.worker, plan.worker_ids)})
         if verdict.turn is Turn.WAIT:
             message = f"{need}: waits for who came earlier"
-            if self._is_first(waiter):
+            if not self._before(waiter):
                 limit = f"{self._limits.starvation_s:g} s at most"
                 message = f"{need}: waits while {', '.join(models)} has requests there, {limit}"
             return _Wait(message, verdict.again_s)
@@ -242,19 +243,19 @@ class RoomFinder:
 
     def verdict(self, plan: Eviction, waiter: _Waiter) -> Verdict:
         """Return whether these workers may go for whoever waits."""
-        if not self._is_first(waiter):
-            return Verdict(Turn.WAIT, LOOK_BEHIND_S)
+        if self._before(waiter):
+            return Verdict(Turn.WAIT, self._turn_s(waiter))
         waited_s = self._clock.monotonic_s() - waiter.since_s
         return turn(map(self.views.place, plan.worker_ids), waited_s, self._limits)
 
-    def _is_first(self, waiter: _Waiter) -> bool:
-        """Return whether nobody who came earlier waits for the same node."""
-        for other in self._line:
-            if other is waiter:
-                return True
-            if other.node == waiter.node:
-                return False
-        return True
+    def _before(self, waiter: _Waiter) -> int:
+        """Return how many who came earlier wait for the same node."""
+        earlier = itertools.takewhile(lambda other: other is not waiter, self._line)
+        return sum(other.node == waiter.node for other in earlier)
+
+    def _turn_s(self, waiter: _Waiter) -> float:
+        """Return in how many seconds its turn is, where each one before it waits as long as it may."""
+        return (self._before(waiter) + 1) * self._limits.starvation_s
 
     def _found(self, decision: Fit, wants: Wants) -> Found:
         choice = _fitting(decision, wants)

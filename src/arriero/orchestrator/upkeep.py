@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
@@ -16,10 +17,17 @@ from arriero.orchestrator.adding import READY_TIMEOUT_S, Underway
 from arriero.orchestrator.fitting import fit_engine
 from arriero.orchestrator.machines.environment import Installation
 from arriero.orchestrator.machines.machines import Machines
-from arriero.orchestrator.machines.survey import Tell
+from arriero.orchestrator.machines.running import LogEnd
+from arriero.orchestrator.machines.survey import Survey, Tell
 from arriero.orchestrator.membership import Membership
 from arriero.orchestrator.nodes import Node, NodeRegistry, shared_memory
-from arriero.orchestrator.reach import ask_capabilities, connected
+from arriero.orchestrator.reach import (
+    ask_capabilities,
+    connected,
+    connected_again,
+    first_words,
+    is_anothers,
+)
 from arriero.orchestrator.scheduler import Scheduler
 from arriero.orchestrator.store.nodes import NodeEntry, NodeStore
 from arriero.runtime.clock import Clock
@@ -89,18 +97,26 @@ class Upkeep:
     async def upgrade(self, name: str, tell: Tell, *, carry: bool, wait_s: float) -> NodeDone:
         """Bring a machine to our version: install beside, drain, restart, check; go back if that fails.
 
-        A machine that has our version already is left alone.  Raises NODE_NOT_FOUND, what connecting and
-        installing raise, and VERSION_MISMATCH or NODE_UNREACHABLE if the new one does not answer or does not
-        join: the details tell what is left there, the old one where there was one.
+        A machine that has our version already is left alone.  Raises NODE_NOT_FOUND, LEASE_SUPERSEDED if
+        another orchestrator holds it, what connecting and installing raise, and VERSION_MISMATCH or
+        NODE_UNREACHABLE if the new one does not answer or does not join: the details tell what is left there,
+        the old one where there was one.
         """
-        entry = self._membership.remote(name)
+        self._membership.remote(name)
         async with self._underway.only(name, "upgraded", tell):
+            # It may have been removed meanwhile, or got another address.
+            entry = self._membership.remote(name)
             async with connected(self._fabric, entry, tell) as connection:
+                # Before anything is put there.
+                version = await self._version(entry, connection)
                 survey = await self._machines.survey(connection, entry.install_path, tell)
                 installed = await self._machines.install(connection, survey, tell, carry=carry)
-                if not installed.is_new and await self._version(entry, connection) == __version__:
+                if installed.tag == survey.current and version == __version__:
                     message = f"{name} is arriero {__version__} already"
                     return NodeDone(message=message, node=self._registry.node(name).record())
+                if installed.previous is None:
+                    before = _ran_from(survey, version, installed.tag)
+                    installed = dataclasses.replace(installed, previous=before)
                 # No worker may begin between two versions.
                 with self._registry.paused(name) as node:
                     tell(NodeStep(step="drain", message=f"{name} takes no new work"))
@@ -113,10 +129,18 @@ class Upkeep:
         return NodeDone(message=f"{name} is arriero {__version__} now", node=node.record())
 
     async def _version(self, entry: NodeEntry, connection: Connection) -> str | None:
-        """Return which version answers there; None if none does."""
+        """Return which version answers there; None if none does.
+
+        Raises LEASE_SUPERSEDED if another orchestrator holds it: then it is not ours to change.
+        """
         try:
             return (await ask_capabilities(entry, connection, self._http, self._store)).version
-        except ArrieroError:
+        except ArrieroError as error:
+            if is_anothers(error, self._store):
+                error.details["suggested_action"] = (
+                    f"`arriero nodes remove {entry.name} --force` forgets it here, and leaves it to that one"
+                )
+                raise
             return None
 
     async def _replace(
@@ -127,30 +151,34 @@ class Upkeep:
             async with self._membership.without_link(entry.name, "upgraded"):
                 await self._machines.stop(connection, entry.install_path, tell)
                 await self._machines.start(connection, entry.install_path, entry.name, tell)
-                version = await self._version(entry, connection)
-                if version != __version__:
+                told = await first_words(entry, connection, self._http, self._store, self._clock)
+                if told.version != __version__:
                     raise ArrieroError(
                         ErrorCode.VERSION_MISMATCH,
-                        f"{entry.name} answers as arriero {version} after an upgrade to {__version__}",
+                        f"{entry.name} answers as arriero {told.version} after an upgrade to {__version__}",
                         node=entry.name,
                     )
             await self._held(node)
         except ArrieroError as error:
             tell(NodeStep(step="rollback", message=error.message))
-            left = await self._go_back(entry, connection, installed, tell)
+            left = await self._go_back(entry, installed, tell)
             tell(NodeStep(step="rollback", message=left))
             error.details["left"] = left
             raise
 
-    async def _go_back(
-        self, entry: NodeEntry, connection: Connection, installed: Installation, tell: Tell
-    ) -> str:
+    async def _go_back(self, entry: NodeEntry, installed: Installation, tell: Tell) -> str:
         """Have the agent run again that was there before; return what is left there."""
         if installed.previous is None:
             return f"there is nothing to go back to: {installed.tag} stays there"
         tell(NodeStep(step="rollback", message=f"goes back to {installed.previous}"))
         try:
-            async with self._membership.without_link(entry.name, "taken back"):
+            async with (
+                self._membership.without_link(entry.name, "taken back"),
+                # The one before may be what failed.
+                connected_again(self._fabric, entry, self._clock) as connection,
+            ):
+                # Another may have come to hold it meanwhile.
+                await self._version(entry, connection)
                 await self._machines.stop(connection, entry.install_path, tell)
                 await self._machines.switch_back(connection, installed, tell)
                 await self._machines.start(connection, entry.install_path, entry.name, tell)
@@ -175,24 +203,26 @@ class Upkeep:
     async def remove(self, name: str, tell: Tell, *, purge: bool, force: bool) -> NodeDone:
         """Stop what we started there and forget the machine; `purge` removes models and environment too.
 
-        A machine that cannot be reached is kept, unless `force`: then it is forgotten, and what is left
-        there is told.  Raises NODE_NOT_FOUND and what connecting raises.
+        A machine that cannot be reached, or that another orchestrator holds, is kept, unless `force`: then it
+        is forgotten, and what is left there is told.  Raises NODE_NOT_FOUND, LEASE_SUPERSEDED and what
+        connecting raises.
         """
-        entry = self._membership.remote(name)
+        self._membership.remote(name)
         async with self._underway.only(name, "removed", tell):
+            entry = self._membership.remote(name)
             left = "" if purge else f"; models and environment stay in {entry.install_path} there"
             try:
-                async with (
-                    connected(self._fabric, entry, tell) as connection,
-                    self._membership.without_link(name, "removed"),
-                ):
-                    await self._machines.remove(connection, entry.install_path, tell, purge=purge)
-                    await self._membership.forget(name)
+                async with connected(self._fabric, entry, tell) as connection:
+                    await self._version(entry, connection)
+                    async with self._membership.without_link(name, "removed"):
+                        await self._machines.remove(connection, entry.install_path, tell, purge=purge)
+                        await self._membership.forget(name)
             except ArrieroError as error:
                 if not force:
                     forget = f"`arriero nodes remove {name} --force` forgets it all the same"
                     said = error.details.get("suggested_action")
-                    error.details["suggested_action"] = f"{said}; {forget}" if said else forget
+                    if error.code is not ErrorCode.LEASE_SUPERSEDED:
+                        error.details["suggested_action"] = f"{said}; {forget}" if said else forget
                     raise
                 left = f"; what runs and lies in {entry.install_path} there is left ({error.message})"
                 tell(NodeStep(step="clean", message=f"not cleaned up: {error.message}"))
@@ -212,7 +242,7 @@ class Upkeep:
         node = self._registry.find(name)
         return found if node is None else [*found, *_of_the_pool(node)]
 
-    async def logs(self, name: str, lines: int) -> bytes:
+    async def logs(self, name: str, lines: int) -> LogEnd:
         """Return the last lines of the agent's log there.  Raises what connecting raises."""
         entry = self._membership.remote(name)
         async with connected(self._fabric, entry, _unheard) as connection:
@@ -231,6 +261,16 @@ def _of_the_pool(node: Node) -> Iterator[Finding]:
         yield Finding(name="engine", is_ok=False, message=advice, code=ErrorCode.BACKEND_UNAVAILABLE)
     if node.same_machine_as:
         yield Finding(name="memory", is_ok=True, message=shared_memory(node.same_machine_as))
+
+
+def _ran_from(survey: Survey, version: str | None, new: str) -> str | None:
+    """Return the environment that an agent of `version` ran from, though `new` was the current one already.
+
+    What was interrupted between an installation and the agent's restart leaves that.  None if none ran, or
+    nobody can tell: an environment that only lies there is nothing to go back to.
+    """
+    same = [tag for tag in survey.environments if tag.startswith(f"{version}-") and tag != new]
+    return same[-1] if same else None
 
 
 def _unheard(_: NodeStep) -> None:

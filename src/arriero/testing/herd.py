@@ -19,7 +19,7 @@ import msgspec
 
 from arriero.contracts.records import RunRecord
 from arriero.contracts.version import __version__
-from arriero.fabrics.base import INSTALL_PATH, Connection, NodeAddress, OnRetry
+from arriero.fabrics.base import INSTALL_PATH, Connection, NodeAddress, OnHeard, OnRetry
 from arriero.fabrics.local import LocalFabric
 from arriero.orchestrator.store.nodes import NodeEntry
 from arriero.runtime import processes, state_dir
@@ -124,6 +124,8 @@ class HerdFabric:
         self._folder = folder
         self._entropy = entropy
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Return a connection to a machine."""
         return await LocalFabric(self._entropy, home=self._folder / address.host).connect(address, on_retry)

@@ -10,7 +10,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And some tokens have come
 
   Scenario: The engine is too slow, and the worker says so first
-    Given workers whose tokens take 100 ms
+    Given workers whose tokens take 500 ms
     And a pool
     And a worker
     And I want 1000 tokens at most
@@ -33,7 +33,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And the slot is free again
 
   Scenario: The worker is frozen, and the orchestrator gives up in its place
-    Given workers whose tokens take 50 ms
+    Given workers whose tokens take 500 ms
     And a pool
     And a worker
     And I want 1000 tokens at most
@@ -44,7 +44,7 @@ Feature: One deadline, set by the person, ends the work in every layer
     And the orchestrator gave up in the worker's place
 
   Scenario: The orchestrator is frozen, and the client gives up by itself
-    Given workers whose tokens take 50 ms
+    Given workers whose tokens take 500 ms
     And a pool
     And a worker
     And I want 1000 tokens at most

@@ -86,7 +86,7 @@ Feature: Tokens come as they are computed, every one and each once
     And it fails with exit code 1 and TOKEN_STREAM_ERROR
 
   Scenario: The worker is killed while it streams
-    Given workers whose tokens take 50 ms
+    Given workers whose tokens take 500 ms
     And a pool
     And a worker
     And the worker will be killed while it streams

@@ -11,6 +11,7 @@ from openai import OpenAI
 from tests.support.there import orchestrator, other_agent, pool_with, status
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
+from arriero.contracts.events import NodeStep
 from arriero.contracts.records import WorkerRecord
 from arriero.contracts.requests import SpawnBody
 from arriero.contracts.states import NodeState, WorkerState
@@ -121,6 +122,28 @@ def test_a_machine_that_is_removed_ends_its_streams_with_one_error(
     assert pool.orchestrator.nodes() == [] and pool.orchestrator.workers() == []
     assert there.process is not None and there.process.wait(30) == 0
     assert there.state.worker_runs() == []
+
+
+def test_an_upgrade_that_waited_for_a_removal_leaves_the_machine_alone(pool: Pool) -> None:
+    steps: list[str] = []
+    refused: list[ArrieroError] = []
+
+    def upgrade() -> None:
+        try:
+            pool.orchestrator.upgrade_node("there", lambda step: steps.append(step.message), carry=False)
+        except ArrieroError as error:
+            refused.append(error)
+
+    upgrading = threading.Thread(target=upgrade)
+
+    def meanwhile(_: NodeStep) -> None:
+        if upgrading.ident is None:
+            upgrading.start()
+
+    pool.orchestrator.remove_node("there", meanwhile, purge=False, force=False)
+    upgrading.join(30)
+    assert [error.code for error in refused] == [ErrorCode.NODE_NOT_FOUND]
+    assert steps == ["there is being removed: waits for the end of that"]
 
 
 def test_probes_reach_a_worker_of_another_machine_and_tell_when_it_is_cut_off(

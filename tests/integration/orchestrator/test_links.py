@@ -11,13 +11,13 @@ from arriero.contracts.events import AgentSnapshot, WorkerChanged
 from arriero.contracts.fence import FENCE_NUMBER_MAX
 from arriero.contracts.records import Capabilities, RunRecord, WorkerRecord
 from arriero.contracts.states import NodeState, WorkerState
-from arriero.fabrics.base import Connection, NodeAddress, OnRetry
+from arriero.fabrics.base import Connection, NodeAddress, OnHeard, OnRetry
 from arriero.fabrics.local import LocalConnection
 from arriero.orchestrator.cascade import Leaving, leave
 from arriero.orchestrator.feed import Feed
 from arriero.orchestrator.links import LASTING_RETRY_S, NodeLink
 from arriero.orchestrator.nodes import Node, NodeRegistry
-from arriero.orchestrator.reach import Line, LocalReach, SshReach, reached_again
+from arriero.orchestrator.reach import ATTEMPT_EVERY_S, HEARD_S, Line, LocalReach, SshReach, reached_again
 from arriero.orchestrator.store import open_database
 from arriero.orchestrator.store.nodes import LEAP_MAX, NodeEntry, NodeStore
 from arriero.runtime.attention import Attention
@@ -420,7 +420,9 @@ class Slow:
         self.connection = Kept(SystemEntropy(), Path())
         self.asked = asyncio.Event()
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Return the one connection."""
         return self.connection
 
@@ -438,7 +440,9 @@ class Restarting:
         self._code = code
         self.left = attempts
 
-    async def connect(self, address: NodeAddress, on_retry: OnRetry | None = None) -> Connection:
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
         """Fail so often."""
         if self.left:
             self.left -= 1
@@ -482,6 +486,46 @@ async def test_a_connection_that_nobody_waits_for_any_more_is_closed() -> None:
         await slow.asked.wait()
         task.cancel()
     assert slow.connection.is_closed
+
+
+class Answering(Slow):
+    """Says something for so many seconds, then nothing; the second one to ask is let in."""
+
+    def __init__(self, clock: SystemClock, talks_s: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._talks_s = talks_s
+        self.asked_s: list[float] = []
+
+    async def connect(
+        self, address: NodeAddress, on_retry: OnRetry | None = None, on_heard: OnHeard | None = None
+    ) -> Connection:
+        """Begin a login."""
+        self.asked_s.append(self._clock.monotonic_s())
+        if len(self.asked_s) == 1:
+            while self._clock.monotonic_s() < self._talks_s:
+                assert on_heard is not None
+                on_heard()
+                await asyncio.sleep(0)
+            await asyncio.Event().wait()
+        return self.connection
+
+    async def next_lease(self, above: int = 0) -> int:
+        """Return a number."""
+        return 1
+
+
+@pytest.mark.parametrize(("talks_s", "next_s"), [(0, ATTEMPT_EVERY_S), (20, 20 + HEARD_S)])
+async def test_a_machine_that_answers_is_asked_once_more_only_when_it_falls_silent(
+    talks_s: float, next_s: float
+) -> None:
+    clock = Timeless()
+    machine = Answering(clock, talks_s)
+    entry = NodeEntry(name="far", ssh="u@h", install_path="arr")
+    async with Http() as http, asyncio.timeout(WAIT_S):
+        await SshReach(entry, machine, http, machine, clock).line()
+    _, second_s = machine.asked_s
+    assert next_s <= second_s <= next_s + 2 * ATTEMPT_EVERY_S
 
 
 async def test_nothing_begins_anew_towards_a_socket_that_is_gone(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ async def test_an_idle_worker_makes_room_and_of_two_the_one_used_longest_ago(tmp
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B, C)
         andes.memory_of[A] = andes.memory_of[C] = 3500
-        andes.models[:] = [model(ref, 3500) for ref in (A, B, C)]
+        andes.has_models(model(A, 3500), model(B, 3500), model(C, 3500))
         old, new = await andes.add_worker(C), await andes.add_worker(A)
         old.record = msgspec.structs.replace(old.record, last_activity_unix=5.0)
         new.record = msgspec.structs.replace(new.record, last_activity_unix=9.0)
@@ -229,6 +229,13 @@ async def test_the_speed_that_a_worker_tells_is_its_nodes_for_that_model_also_wh
         assert await speeds(o, "demo") == ([], 2000.0)
 
 
+async def would_go(o: RunningOrchestrator, model_ref: str) -> list[dict[str, Any]]:
+    """Return the workers that would be stopped for a model."""
+    async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": model_ref}) as response:
+        found: list[dict[str, Any]] = (await response.json())["would_evict"]
+        return found
+
+
 async def start(o: RunningOrchestrator, model_ref: str, **body: Any) -> tuple[int, dict[str, Any]]:
     """Ask for a worker by name; return the status and the answer."""
     async with o.session.post(f"{o.url}/v1/workers", json={"model_ref": model_ref, **body}) as response:
@@ -239,7 +246,7 @@ async def test_a_worker_that_is_asked_for_by_name_has_room_made_by_what_is_idle(
     async with agent(tmp_path) as andes:
         holds_one(andes, A, B, C)
         andes.memory_of[A] = andes.memory_of[C] = 3500
-        andes.models[:] = [model(ref, 3500) for ref in (A, B, C)]
+        andes.has_models(model(A, 3500), model(B, 3500), model(C, 3500))
         old, new = await andes.add_worker(C), await andes.add_worker(A)
         old.record = msgspec.structs.replace(old.record, last_activity_unix=5.0)
         new.record = msgspec.structs.replace(new.record, last_activity_unix=9.0)
@@ -287,6 +294,9 @@ async def test_no_worker_that_computes_or_is_pinned_goes_for_one_that_is_asked_f
             first.go_on.set()
             assert (await held)[-1] == {"DONE": True}
             andes.has_models(model(A, is_pinned=True), model(B))
+            async with asyncio.timeout(WAIT_S):
+                while await would_go(o, B):  # noqa: ASYNC110 - Another process.
+                    await asyncio.sleep(0.02)
             status, refused = await start(o, B)
             assert (status, refused["error"]["code"]) == (507, "INSUFFICIENT_RAM")
         assert andes.spawned == [] and len(andes.workers) == 1

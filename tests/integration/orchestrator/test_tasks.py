@@ -245,6 +245,10 @@ async def test_a_worker_that_is_there_first_takes_what_waits_for_one_that_is_fet
         andes.download_frames = [download_frame(DownloadState.DOWNLOADING, 400)] * 100
         _, fetched = await post(o, {"prompt": "x", "model": "hf:org/repo:Q4_K_M"})
         await o.until(f"/v1/tasks/{fetched['task_id']}", is_made)
+        body = {"model": "hf:org/repo:Q4_K_M"}
+        async with o.session.post(f"{o.url}/v1/placements:explain", json=body) as response:
+            explained = await response.json()
+        assert explained["would_join"] == {"node": "andes", "message": "fetches hf:org/repo:Q4_K_M"}
         await andes.add_worker("hf:org/repo:Q4_K_M")
         assert (await finished(o, fetched["task_id"]))["state"] == "done"
         async with asyncio.timeout(5):
@@ -256,6 +260,30 @@ async def test_a_worker_that_is_there_first_takes_what_waits_for_one_that_is_fet
         await andes.add_worker()
         assert (await finished(o, loading["task_id"]))["state"] == "done"
         andes.spawn.load_gate.set()
+
+
+async def test_no_worker_is_made_for_who_was_served_when_the_model_had_just_come(tmp_path: Path) -> None:
+    ref = "hf:org/repo:Q4_K_M"
+
+    async with agent(tmp_path) as andes, orchestrator(tmp_path) as o:
+
+        async def joins() -> bool:
+            async with o.session.post(f"{o.url}/v1/placements:explain", json={"model": ref}) as response:
+                return (await response.json())["would_join"] is not None
+
+        await o.until("/v1/nodes", lambda answer: answer["nodes"])
+        # It is told of as complete, and not yet as one of its node's models.
+        andes.download_frames = [download_frame(DownloadState.COMPLETE, 1000)]
+        _, record = await post(o, {"prompt": "x", "model": ref})
+        await o.until(f"/v1/tasks/{record['task_id']}", lambda task: task["state"] == "provisioning")
+        worker = await andes.add_worker(ref)
+        assert (await finished(o, record["task_id"]))["state"] == "done"
+        andes.change(worker, state=WorkerState.STOPPED)
+        await o.until("/v1/workers", lambda answer: not answer["workers"])
+        async with asyncio.timeout(5):
+            while await joins():  # noqa: ASYNC110 - Another process.
+                await asyncio.sleep(0.02)
+        assert andes.spawned == []
 
 
 async def test_a_deadline_ends_a_task_as_timed_out(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def explain(
     has_place = (
         explained.worker_id,
         explained.node,
+        explained.would_join,
         explained.would_evict,
         explained.would_wait_for,
         explained.would_wake,

@@ -237,10 +237,13 @@ def doctor(*, name: str, as_json: bool) -> int:
 @options.json_option
 def logs(*, name: str, lines: int, as_json: bool) -> int:
     """Print the log of a machine's agent."""
-    content = options.orchestrator(timeout_s=60.0).node_log(name, lines)
+    content, is_cut = options.orchestrator(timeout_s=60.0).node_log(name, lines)
     if as_json:
-        render.data({"node": name, "lines": content.decode("utf-8", "replace").splitlines()})
+        shown = content.decode("utf-8", "replace").splitlines()
+        render.data({"node": name, "lines": shown, "is_cut": is_cut})
         return Exit.OK
+    if is_cut:
+        render.note("earlier lines are left out: these are the last 4 MiB")
     render.log(content)
     return Exit.OK
 

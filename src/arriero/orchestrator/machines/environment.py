@@ -19,7 +19,9 @@ from arriero.orchestrator.machines.there import ask
 PREPARE_TIMEOUT_S: Final = 60.0
 #: Beyond the time that the program there allows itself.
 MARGIN_S: Final = 180.0
-BUILD_TIMEOUT_S: Final = 900.0
+#: Nothing new on the disk there for so long, see `environment_child.PipWatch`; and in all.
+BUILD_STALL_S: Final = 120.0
+BUILD_TOTAL_S: Final = 7200.0
 INDEX_TIMEOUT_S: Final = 25.0
 UNDO_TIMEOUT_S: Final = 120.0
 #: Somebody waits for a command that was interrupted to end.
@@ -65,7 +67,7 @@ class Installation:
     install_path: str
     #: The Python there that can run our programs.
     python: str
-    #: The environment that was the current one before; None if there was none.
+    #: The environment that was the current one before and is not now; None if there was none.
     previous: str | None
     #: False: it was there, and nothing was done.
     is_new: bool
@@ -89,7 +91,7 @@ async def install(
     version = packed.version
     if packed.tag == survey.current:
         tell(NodeStep(step="install", message=f"arriero {version} is there already ({packed.tag})"))
-        return Installation(packed.tag, version, path, python, _before(survey), is_new=False)
+        return Installation(packed.tag, version, path, python, None, is_new=False)
     if packed.tag not in survey.environments:
         check_disk(survey)
     try:
@@ -104,9 +106,10 @@ async def install(
         is_carried = await _supply(connection, survey, tell, source, pip.path, packed.tag, carry=carry)
         tell(NodeStep(step="install", message=f"making the environment {packed.tag}"))
         built = await ask(
-            connection, python, "build", timeout_s=BUILD_TIMEOUT_S + MARGIN_S, path=path, tag=packed.tag,
+            connection, python, "build", timeout_s=BUILD_TOTAL_S + MARGIN_S, path=path, tag=packed.tag,
             version=version, wheel=packed.path.name, pip=pip.path.name, carried=is_carried,
-            timeout_s_of_pip=BUILD_TIMEOUT_S, on_line=_progress(len(_packages(survey, source)) + 1, tell),
+            stall_s_of_pip=BUILD_STALL_S, total_s_of_pip=BUILD_TOTAL_S,
+            on_line=_progress(len(_packages(survey, source)) + 1, tell),
         )  # fmt: skip
     except ArrieroError as error:
         # What is unreachable cannot be rolled back: the next one goes on there.
@@ -144,11 +147,6 @@ async def switch_back(connection: Connection, installation: Installation, tell: 
         tag=installation.previous, drop=installation.tag,
     )  # fmt: skip
     tell(NodeStep(step="rollback", message=f"back to the environment {installation.previous}"))
-
-
-def _before(survey: Survey) -> str | None:
-    others = [tag for tag in survey.environments if tag != survey.current]
-    return others[-1] if others else None
 
 
 async def _supply(
@@ -218,10 +216,10 @@ async def roll_back(connection: Connection, installation: Installation, tell: Te
 
     Raises NODE_UNREACHABLE.
     """
-    if not installation.is_new:
-        return
     if installation.previous is not None:
         await switch_back(connection, installation, tell)
+        return
+    if not installation.is_new:
         return
     await _undo(
         connection, installation.python, installation.install_path, tell, drop=installation.tag,

@@ -37,6 +37,7 @@ PARTS_KEPT_S = 3600.0
 TELL_EVERY_S = 0.5
 #: With these words pip begins with a package.
 _BEGINS = ("Collecting", "Processing")
+PIP = ["--disable-pip-version-check", "--no-input"]
 
 
 def prepare(path: str) -> Facts:
@@ -73,8 +74,9 @@ def index(path: str, requirement: str, pip: str, timeout_s_of_pip: float) -> boo
     with tempfile.TemporaryDirectory(dir=root / "carried", prefix=".index-") as folder:
         asked = Path(folder) / "asked.txt"
         asked.write_text(requirement + "\n")
-        argv = [sys.executable, str(root / "carried" / pip / "pip"), "download", "--no-deps", *PIP_SHORT,
-                "--require-hashes", "--only-binary=:all:", "--dest", folder, "-r", str(asked)]  # fmt: skip
+        argv = [sys.executable, str(root / "carried" / pip / "pip"), "download", "--no-deps", *PIP,
+                "--no-cache-dir", "--retries", "1", "--timeout", "8", "--require-hashes",
+                "--only-binary=:all:", "--dest", folder, "-r", str(asked)]  # fmt: skip
         try:
             call(argv, timeout_s_of_pip)
         except Refused:
@@ -82,20 +84,10 @@ def index(path: str, requirement: str, pip: str, timeout_s_of_pip: float) -> boo
     return True
 
 
-PIP_SHORT = [
-    "--disable-pip-version-check",
-    "--no-input",
-    "--no-cache-dir",
-    "--retries",
-    "1",
-    "--timeout",
-    "8",
-]
-
-
 def build(
-    path: str, tag: str, version: str, wheel: str, pip: str, carried: bool, timeout_s_of_pip: float
-) -> Facts:
+    path: str, tag: str, version: str, wheel: str, pip: str, carried: bool, stall_s_of_pip: float,
+    total_s_of_pip: float,
+) -> Facts:  # fmt: skip
     """Make an environment, check it, and let `current` point to it; take a half one away if that fails."""
     root = Path(path).absolute()
     environment = root / "envs" / tag
@@ -108,7 +100,7 @@ def build(
                 if not (half / WHOLE).is_file():
                     shutil.rmtree(half)
             try:
-                _fill(root, environment, wheel, pip, carried, timeout_s_of_pip)
+                _fill(root, environment, wheel, pip, carried, stall_s_of_pip, total_s_of_pip)
                 check(environment, version)
                 write(environment / WHOLE, {"version": version, "wheel": wheel, "python": sys.version})
             except BaseException:
@@ -116,32 +108,48 @@ def build(
                 raise
         _point(root, tag)
         others = [each for each in whole(root) if each != tag]
-        # The one to go back to is the one that was current, else the newest.
-        previous = before if before in others else (others[-1] if others else None)
+        # The one that ran before is the one to go back to; where none did, the newest stays all the same.
+        previous = before if before in others else None
+        kept = previous or (others[-1] if others else None)
         for other in others:
-            if other != previous:
+            if other != kept:
                 _remove_environment(root, other)
         return {"previous": previous, "is_new": is_new}
 
 
-def _fill(root: Path, environment: Path, wheel: str, pip: str, carried: bool, timeout_s: float) -> None:
+def _fill(
+    root: Path, environment: Path, wheel: str, pip: str, carried: bool, stall_s: float, total_s: float
+) -> None:
     venv = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
     call(venv, 60)
     own = root / "carried"
     arriero = own / "arriero.txt"
     arriero.write_text(f"{own / wheel} --hash=sha256:{sha256_of(own / wheel)}\n")
-    where = ["--isolated", "--no-index", "--find-links", str(own / "wheels")] if carried else []
-    argv = [str(environment / "bin" / "python"), str(own / pip / "pip"), *where[:1], "install", "--no-deps",
-            *where[1:], *PIP_SHORT, "--require-hashes", "--only-binary=:all:", "--no-compile",
+    # What came from the index before a connection broke need not come again.
+    cache, scratch = own / "cache", environment / "scratch"
+    scratch.mkdir()
+    where = ["--cache-dir", str(cache), "--retries", "3", "--timeout", "30"]
+    if carried:
+        where = ["--no-cache-dir", "--no-index", "--find-links", str(own / "wheels")]
+    isolated = ["--isolated"] if carried else []
+    argv = [str(environment / "bin" / "python"), str(own / pip / "pip"), *isolated, "install", "--no-deps",
+            *where, *PIP, "--require-hashes", "--only-binary=:all:", "--no-compile",
             "--no-warn-script-location", "-r", str(own / "runtime.txt"), "-r", str(arriero)]  # fmt: skip
-    call(argv, timeout_s, _PipWatch(environment))
+    call(argv, stall_s, PipWatch(environment, scratch), total_s=total_s, env={"TMPDIR": str(scratch)})
+    shutil.rmtree(scratch)
+    shutil.rmtree(cache, ignore_errors=True)
 
 
-class _PipWatch(Watch):
-    """Tells how far pip is: how many packages it has got hold of, and how many are in place."""
+class PipWatch(Watch):
+    """Tells how far pip is: how many packages it has got hold of, and how many are in place.
 
-    def __init__(self, environment: Path) -> None:
+    What is on its way lies in `scratch`.
+    """
+
+    def __init__(self, environment: Path, scratch: Path) -> None:
         self._environment = environment
+        self._scratch = scratch
+        self._size = 0
         self._line = b""
         self._gathered = 0
         self._package = ""
@@ -158,16 +166,28 @@ class _PipWatch(Watch):
                 self._gathered += 1
                 self._package = package
 
-    def look(self) -> None:
-        """Count what is in place: pip says nothing while it installs."""
+    def look(self) -> bool:
+        """Count what is in place, and what is on its way: pip says nothing of either."""
         now_s = time.monotonic()
         if now_s < self._look_s:
-            return
+            return False
         self._look_s = now_s + TELL_EVERY_S
+        before, self._size = self._size, _size_below(self._scratch)
         installed = sum(1 for _ in self._environment.glob("lib/python*/site-packages/*.dist-info/RECORD"))
         if self._told != (self._gathered, installed):
             self._told = (self._gathered, installed)
             tell({"gathered": self._gathered, "installed": installed, "package": self._package})
+            return True
+        return self._size != before
+
+
+def _size_below(folder: Path) -> int:
+    size = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += Path(base, name).lstat().st_size
+    return size
 
 
 def package_begun(line: str) -> str:

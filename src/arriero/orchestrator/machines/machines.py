@@ -9,6 +9,7 @@ from arriero.fabrics.base import Connection
 from arriero.orchestrator.machines import environment, running
 from arriero.orchestrator.machines.doctor import doctor
 from arriero.orchestrator.machines.environment import Installation, Source
+from arriero.orchestrator.machines.running import LogEnd
 from arriero.orchestrator.machines.survey import Survey, Tell, survey
 from arriero.orchestrator.machines.there import PYTHON_PLACES
 from arriero.orchestrator.machines.wheel import PACKAGE
@@ -69,8 +70,8 @@ class Machines:
         """Take away what we put there, see `running.remove`."""
         await running.remove(connection, install_path, tell, purge=purge, places=self._places)
 
-    async def logs(self, connection: Connection, install_path: str, lines: int) -> bytes:
-        """Return the agent's log, see `running.logs`."""
+    async def logs(self, connection: Connection, install_path: str, lines: int) -> LogEnd:
+        """Return the end of the agent's log, see `running.logs`."""
         return await running.logs(connection, install_path, lines)
 
     async def doctor(self, connection: Connection, install_path: str) -> list[Finding]:

@@ -1,6 +1,7 @@
 """How is a machine's agent started, stopped, read and taken away?"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from arriero.contracts.errors import ArrieroError, ErrorCode
@@ -16,6 +17,12 @@ STOP_GRACE_S: Final = 40.0
 MARGIN_S: Final = 90.0
 LOG_TIMEOUT_S: Final = 30.0
 LOG_BYTES_MAX: Final = 4 * 1024 * 1024
+_NO_LOG: Final = 66
+#: $1 the log, $2 how many lines, $3 how many bytes.  See `runtime.log_files` for the one before.
+_LOG_END: Final = f"""
+[ -f "$1" ] || exit {_NO_LOG}
+{{ cat "$1.1" 2>/dev/null; cat "$1"; }} | tail -n "$2" | tail -c "$3"
+"""
 
 
 async def start(
@@ -69,18 +76,34 @@ async def remove(
     tell(NodeStep(step="clean", message=message))
 
 
-async def logs(connection: Connection, install_path: str, lines: int) -> bytes:
-    """Return the last lines of the agent's log.  Raises NOT_FOUND if it has none, NODE_UNREACHABLE."""
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """The last lines of a log, whole ones."""
+
+    content: bytes
+    #: Whether earlier ones of those that were asked for are left out: together they are too large.
+    is_cut: bool
+
+
+async def logs(
+    connection: Connection, install_path: str, lines: int, *, bytes_max: int = LOG_BYTES_MAX
+) -> LogEnd:
+    """Return the last lines of the agent's log, of what was moved away from it too, `bytes_max` at most.
+
+    Raises NOT_FOUND if it has none, NODE_UNREACHABLE.
+    """
     path = f"{install_path}/home/logs/agent.log"
+    # A byte more than there may be tells that there were more.
+    argv = ["sh", "-c", _LOG_END, "sh", path, str(lines), str(bytes_max + 1)]
     try:
-        done = await connection.run(
-            ["tail", "-n", str(lines), path], timeout_s=LOG_TIMEOUT_S, output_bytes_max=LOG_BYTES_MAX
-        )
+        done = await connection.run(argv, timeout_s=LOG_TIMEOUT_S, output_bytes_max=bytes_max + 1)
     except ArrieroError as error:
-        if error.code is ErrorCode.SSH_COMMAND_FAILED and error.details.get("exit_code") == 1:
+        if error.details.get("exit_code") == _NO_LOG:
             raise ArrieroError(ErrorCode.NOT_FOUND, "the agent there has no log") from error
         raise
-    return done.stdout
+    content = done.stdout
+    is_cut = len(content) > bytes_max
+    return LogEnd(content.partition(b"\n")[2] if is_cut else content, is_cut)
 
 
 async def _python(connection: Connection, places: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ Tell: TypeAlias = Callable[[NodeStep], None]
 
 SYSTEMS: Final = {"Linux": "Linux", "Darwin": "macOS"}
 MACHINES: Final = frozenset({"x86_64", "aarch64", "arm64"})
-#: An environment takes 190 MB (measured on Linux); the wheels that are carried for it 60 MB.
+#: An environment takes 190 MB (measured on Linux); its wheels 60 MB where they are carried, and twice that
+#: for as long as they come from an index.
 DISK_NEEDED_MB: Final = 400
 SURVEY_TIMEOUT_S: Final = 60.0
 #: Beyond this, people take one machine's log times for the other's and are misled.

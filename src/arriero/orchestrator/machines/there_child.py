@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import select
 import shutil
@@ -275,37 +276,48 @@ class Watch:
     def hear(self, piece: bytes) -> None:
         """Take a piece of its output, in another thread."""
 
-    def look(self) -> None:
-        """Have a look around, every now and then."""
+    def look(self) -> bool:
+        """Have a look around, every now and then; return whether it came further."""
+        return False
 
 
-def call(argv: list[str], timeout_s: float, watch: Watch | None = None) -> str:
-    """Run a program and return its output.
+def call(
+    argv: list[str], timeout_s: float, watch: Watch | None = None, *, total_s: float = math.inf,
+    env: dict[str, str] | None = None,
+) -> str:  # fmt: skip
+    """Run a program, with `env` besides what it inherits, and return its output.
 
-    It is ended when it takes too long, and when nobody waits for our answer any more: a connection that
-    is gone must not leave an installation that goes on by itself.
+    It is ended when its watch sees it come no further for `timeout_s`, when it takes `total_s`, and when
+    nobody waits for our answer any more: a connection that is gone must not leave an installation that
+    goes on by itself.
     """
     watch = watch or Watch()
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ARRIERO_", "PYTHON", "VIRTUAL_ENV"))}
     kept = bytearray()
     process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean, cwd="/"
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**clean, **(env or {})},
+        cwd="/",
     )
     assert process.stdout is not None
     reader = threading.Thread(target=_keep_end, args=(process.stdout, kept, watch), daemon=True)
     reader.start()
     asker = select.poll()
     asker.register(1, select.POLLERR | select.POLLHUP)
-    deadline = time.monotonic() + timeout_s
+    begun_s = moved_s = time.monotonic()
     try:
         while process.poll() is None:
             if any(found & (select.POLLERR | select.POLLHUP) for _, found in asker.poll(0)):
                 raise SystemExit(1)
-            if time.monotonic() > deadline:
-                raise Refused(
-                    "INSTALL_FAILED", f"{_name(argv)} took more than {timeout_s:g} s", **_last(kept)
-                )
-            watch.look()
+            if watch.look():
+                moved_s = time.monotonic()
+            elif time.monotonic() - moved_s > timeout_s:
+                _give_up(f"{_name(argv)} came no further for {timeout_s:g} s", kept)
+            if time.monotonic() - begun_s > total_s:
+                _give_up(f"{_name(argv)} took more than {total_s:g} s", kept)
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:
@@ -315,6 +327,10 @@ def call(argv: list[str], timeout_s: float, watch: Watch | None = None) -> str:
     if process.returncode:
         _tell(argv, process.returncode, kept)
     return kept.decode("utf-8", "replace")
+
+
+def _give_up(why: str, kept: bytearray) -> NoReturn:
+    raise Refused("INSTALL_FAILED", why, **_last(kept))
 
 
 def _tell(argv: list[str], code: int, kept: bytearray) -> NoReturn:

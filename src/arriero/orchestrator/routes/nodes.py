@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Final, TypeAlias, cast
 
-from litestar import Request, delete, get, patch, post
+from litestar import Request, Response, delete, get, patch, post
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp, ControllerRouterHandler
 
 from arriero.contracts.errors import ArrieroError, ErrorCode, fail
 from arriero.contracts.events import NodeDone
-from arriero.contracts.records import FindingList, NodeList, NodeRecord
+from arriero.contracts.records import CUT_HEADER, FindingList, NodeList, NodeRecord
 from arriero.contracts.requests import NodeAddBody, NodeUpdateBody
 from arriero.orchestrator.core import Orchestrator
 from arriero.orchestrator.membership import unheard
@@ -70,14 +70,18 @@ def _looking(o: Orchestrator) -> list[ControllerRouterHandler]:
             return FindingList(await o.upkeep.doctor(name))
 
     @get("/v1/nodes/{name:str}/logs", media_type="text/plain; charset=utf-8")
-    async def logs(name: FromPath[str], lines: FromQuery[int] = 100) -> bytes:
-        """Return the last `lines` of the log of a machine's agent."""
+    async def logs(name: FromPath[str], lines: FromQuery[int] = 100) -> Response[bytes]:
+        """Return the last `lines` of the log of a machine's agent.
+
+        `X-Arriero-Cut: true`: earlier ones of them are left out, they would be more than 4 MiB.
+        """
         if not 1 <= lines <= LOG_LINES_MAX:
             fail(
                 ErrorCode.INVALID_REQUEST, f"lines: {lines} is not within 1 … {LOG_LINES_MAX}", param="lines"
             )
         with _of(name):
-            return await o.upkeep.logs(name, lines)
+            end = await o.upkeep.logs(name, lines)
+        return Response(end.content, headers={CUT_HEADER: "true"} if end.is_cut else {})
 
     return [list_nodes, get_node, doctor, logs]
 
