@@ -214,7 +214,7 @@ async def test_a_machine_that_sleeps_is_woken_where_the_line_is_longer_than_that
             task.cancel()
     assert woken == [None, "attic"], "the second one's turn comes after 60 s, the third one's after 90"
     assert [text.split(": ")[1] for text in said] == [
-        f"waits while {REF} has requests there, 30 s at most",
+        "waits while hf:o/other has requests there, 30 s at most",
         "waits for who came earlier",
     ]
 
