@@ -136,7 +136,7 @@ async def test_a_database_of_the_first_release_is_opened_with_everything_in_it(t
         assert (record.format, record.source, record.is_pinned, record.head_count) == ("gguf", "", False, 0)
     await catalog.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (4,)
 
 
 async def test_a_database_of_a_later_release_is_refused_and_untouched(tmp_path: Path) -> None:
