@@ -37,6 +37,8 @@ TELL_EVERY_S: Final = 0.25
 NODE_BACK_S: Final = 120.0
 BACK_PAUSE_S: Final = 0.5
 LEAVE_TIMEOUT_S: Final = 2.0
+#: It does not answer; or another one is at its port, which goes on with the download as well.
+_AGENT_GONE: Final = frozenset({ErrorCode.NODE_UNREACHABLE, ErrorCode.INVALID_API_KEY})
 #: A model is in its node's catalog a moment after its download ended.
 CATALOG_NEWS_S: Final = 2.0
 
@@ -331,7 +333,7 @@ class ModelProvisioner:
             try:
                 return await self._follow_download(node, job, started)
             except ArrieroError as error:
-                if error.code is not ErrorCode.NODE_UNREACHABLE or job.wants.node is None:
+                if error.code not in _AGENT_GONE or job.wants.node is None:
                     raise
                 if job.steps and isinstance(job.steps[-1][1], TaskDownloading):
                     until_s = self._clock.monotonic_s() + NODE_BACK_S

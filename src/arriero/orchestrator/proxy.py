@@ -25,6 +25,7 @@ from arriero.orchestrator.upstream import Address, Connection, Head, Lost, Silen
 from arriero.runtime.asgi import Headers, Receive, Scope, Send
 
 WORKER_CODES: Final = (ErrorCode.HEALTH_CHECK_ERROR, ErrorCode.WORKER_LOST)
+UNAUTHORIZED: Final = 401
 AGENT_CODES: Final = (ErrorCode.NODE_UNREACHABLE, ErrorCode.NODE_UNREACHABLE)
 
 
@@ -72,6 +73,9 @@ class Proxy:
                 address, scope["method"], target, headers=headers, body=body
             )
             try:
+                if head.status == UNAUTHORIZED and codes is AGENT_CODES:
+                    # The key is ours: it is another agent by now, and we are about to know it.
+                    raise ArrieroError(codes[0], "another agent answers there since a moment ago")
                 await self._answer(connection, head, outlet, added)
             finally:
                 connection.release()
