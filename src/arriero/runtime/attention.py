@@ -7,8 +7,10 @@ time in which it stood still is nobody's silence.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Final, TypeVar
+
+T = TypeVar("T")
 
 #: A look is due so often while anybody waits within a limit.
 LOOK_EVERY_S: Final = 0.25
@@ -76,6 +78,23 @@ class Attention:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    async def patiently(self, attempt: Callable[[], Awaitable[T]], limit_s: float) -> T:
+        """Return what `attempt` gives, as `within` a limit, for next to nothing where it is soon there.
+
+        It is cancelled and called again after this process stood still, so it must lose nothing by that; who
+        calls is `watching`.  Raises TimeoutError.
+        """
+        known_s = self.away_s()
+        while True:
+            try:
+                async with asyncio.timeout(limit_s):
+                    return await attempt()
+            except TimeoutError:
+                missed_s, known_s = self.away_s() - known_s, self.away_s()
+                if missed_s <= 0:
+                    raise
+                limit_s = missed_s
 
     def _look(self) -> None:
         self.away_s()

@@ -180,7 +180,7 @@ class Peer:
         fails, breaks, or brings nothing (not even a comment) for `silence_s`.
         """
         parser = SseParser()
-        within = self._http.attention.within
+        within, patiently = self._http.attention.within, self._http.attention.patiently
         try:
             async with within(silence_s):
                 manager = self.request(method, path, body=body, headers=headers)
@@ -189,13 +189,11 @@ class Peer:
                 if response.status >= 300:
                     async with within(silence_s):
                         raise error_of(response.status, await _content(response))
-                while True:
-                    async with within(silence_s):
-                        chunk = await response.content.readany()
-                    if not chunk:
-                        return
-                    for event in parser.feed(chunk):
-                        yield event
+                with self._http.attention.watching():
+                    # What came stays where it is if nobody takes it.
+                    while chunk := await patiently(response.content.readany, silence_s):
+                        for event in parser.feed(chunk):
+                            yield event
             finally:
                 response.close()
         except TimeoutError as error:
